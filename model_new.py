@@ -1,0 +1,661 @@
+"""A linear layer with a scaled sigmoid residual, as one PyTorch operator over hand-written CUDA.
+
+    z   = x·Wᵀ + b                    x [..., K]   W [N, K]   b [N]
+    out = z + s·sigmoid(z)            out [..., N]
+
+This is problem 70 of KernelBench's level 2 (reference: x [1024, 8192], K = N = 8192, s = 2, float32).
+`Model` is the reference in plain PyTorch, `ModelNew` replaces it: same constructor, same parameters, same
+random numbers drawn, same answers. Device code is in kernels.cu, which is built when this file is imported
+on a machine with a CUDA device. Without one, the same operator runs its CPU implementation.
+
+    python model_new.py                  check, then time, against Model on the reference shape
+    python model_new.py --help           other shapes, dtypes, precisions; JSON; single-file export
+"""
+
+import argparse
+import contextlib
+import ctypes
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from torch import nn
+
+# The text of kernels.cu. None: read the file. `--export` writes a copy of this script with the text in here.
+KERNELS_SOURCE = None
+
+# ------------------------------------------------------------------------------------------- the reference
+
+
+class Model(nn.Module):
+    """The reference: linear, sigmoid, scaling and residual as separate PyTorch operators.
+
+    Args: input_size (K), hidden_size (N), scaling_factor (s). Input [..., K], output [..., N].
+    """
+
+    def __init__(self, input_size, hidden_size, scaling_factor):
+        super().__init__()
+        self.gemm = nn.Linear(input_size, hidden_size)
+        self.scaling_factor = scaling_factor
+
+    def forward(self, x):
+        z = self.gemm(x)
+        return torch.sigmoid(z) * self.scaling_factor + z
+
+
+# ---------------------------------------------------------------------------------------- building kernels.cu
+
+
+def _kernels_source():
+    """The text of kernels.cu: embedded, or beside this file, or (exec'd without `__file__`) in the working folder."""
+    if KERNELS_SOURCE is not None:
+        return KERNELS_SOURCE
+    folder = os.path.dirname(os.path.abspath(__file__)) if "__file__" in globals() else os.getcwd()
+    path = os.path.join(folder, "kernels.cu")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"kernels.cu is not in {folder}. Keep it beside model_new.py, or make one self-contained file with "
+            "`python model_new.py --export FILE`."
+        )
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def _toolkit_of(nvcc):
+    """The toolkit folder an `nvcc` belongs to. Asks nvcc itself: the one on PATH may be a link or a wrapper script."""
+    result = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+)$", result.stderr + result.stdout, re.MULTILINE)
+    return os.path.realpath(top.group(1).strip()) if top else os.path.dirname(os.path.dirname(os.path.realpath(nvcc)))
+
+
+def find_cuda_home():
+    """Folder of a CUDA toolkit with bin/nvcc: CUDA_HOME, else nvcc on PATH, else the nvidia-cuda-nvcc package.
+
+    Raises RuntimeError, with what to install, where there is none.
+    """
+    candidates = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    on_path = shutil.which("nvcc")
+    if on_path:
+        candidates.append(_toolkit_of(on_path))
+    candidates.append("/usr/local/cuda")
+    wheels = importlib.util.find_spec("nvidia")  # namespace package of NVIDIA's wheels
+    for folder in wheels.submodule_search_locations if wheels else ():
+        candidates += [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if re.fullmatch(r"cu\d+", name)]
+    for home in candidates:
+        if os.access(os.path.join(home, "bin", "nvcc"), os.X_OK):
+            return home
+    raise RuntimeError(
+        "kernels.cu must be compiled for this GPU, and no CUDA compiler (nvcc) was found. Looked for bin/nvcc in: "
+        + ", ".join(candidates)
+        + ". Either `pip install 'cuda-toolkit[nvcc,cccl]'` (the version pip picks matches torch's), or install the CUDA "
+        "toolkit and set CUDA_HOME to its folder."
+    )
+
+
+def architectures():
+    """Compute capabilities to build for, as nvcc writes them: ['90a'] for an H100. One entry per kind of GPU visible."""
+    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    # "a": with the architecture's own instructions (wgmma and setmaxnreg exist for 90a only).
+    return [f"{major}{minor}" + ("a" if major >= 9 else "") for major, minor in sorted(capabilities)]
+
+
+def nvcc_flags(archs):
+    """nvcc's flags for kernels.cu; `archs` as from `architectures()`."""
+    return ["-O3", "--threads=0"] + [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+
+
+class _BuildEnvironment:
+    """What torch.utils.cpp_extension needs while it builds, and nothing afterwards.
+
+    Sets CUDA_HOME, puts ninja's folder on PATH (a virtual environment's is not, unless activated), and turns a failed
+    build into an error that starts with the first thing the compiler said and ends with what to do.
+    """
+
+    def __init__(self, cuda_home, build_directory):
+        self.cuda_home, self.build_directory = cuda_home, build_directory
+
+    def __enter__(self):
+        self.environ = {name: os.environ.get(name) for name in ("CUDA_HOME", "PATH")}
+        os.environ["CUDA_HOME"] = self.cuda_home
+        if shutil.which("ninja") is None and importlib.util.find_spec("ninja"):
+            import ninja
+
+            os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ.get("PATH", "")
+        from torch.utils import cpp_extension
+
+        # cpp_extension may have been imported before, and looked for the toolkit then.
+        self.previous_home, cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME, self.cuda_home
+        return cpp_extension
+
+    def __exit__(self, kind, error, traceback):
+        sys.modules["torch.utils.cpp_extension"].CUDA_HOME = self.previous_home
+        for name, value in self.environ.items():
+            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+        if not isinstance(error, (RuntimeError, OSError, ImportError)):
+            return False
+        lines = str(error).splitlines()
+        first = next((line for line in lines if re.search(r"\berror\b\s*:|cannot find -l|not found", line)), lines[0])
+        raise RuntimeError(
+            f"building kernels.cu failed: {first.strip()}\n"
+            f"  toolkit {self.cuda_home}, build folder {self.build_directory}\n"
+            "  A C++ compiler (g++), ninja and a CUDA toolkit (nvcc >= 12.4, knowing this GPU) are needed; CUDA_HOME "
+            "chooses another toolkit, and deleting the build folder starts afresh. The compiler's whole output is above."
+        ) from error
+
+
+def _link_directory(cuda_home, build_directory):
+    """A folder where the linker finds libcudart.so: the toolkit's own, or links to the versioned file a wheel has."""
+    for name in ("lib64", "lib"):
+        folder = os.path.join(cuda_home, name)
+        if os.path.exists(os.path.join(folder, "libcudart.so")):
+            return folder, folder
+        versioned = sorted(f for f in os.listdir(folder) if f.startswith("libcudart.so.")) if os.path.isdir(folder) else []
+        if versioned:
+            links = os.path.join(build_directory, "lib")
+            os.makedirs(links, exist_ok=True)
+            link = os.path.join(links, "libcudart.so")
+            if not os.path.lexists(link):
+                os.symlink(os.path.join(folder, versioned[-1]), link)
+            return links, folder
+    return cuda_home, cuda_home
+
+
+def build(archs, source=None):
+    """Compiles kernels.cu for `archs` with load_inline, or finds it compiled, and returns the library's path.
+
+    The library is cached in $TORCH_EXTENSIONS_DIR (default ~/.cache/torch_extensions), in a folder named after the
+    architectures and the source's hash. Raises RuntimeError when there is no compiler or the build fails.
+    """
+    source = _kernels_source() if source is None else source
+    digest = hashlib.sha256(source.encode()).hexdigest()[:12]
+    name = f"linear_sigmoid_residual_sm{'_'.join(archs)}_{digest}"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    cache = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(cache, "torch_extensions")
+    build_directory = os.path.join(cache, name)
+    cuda_home = find_cuda_home()
+    os.makedirs(build_directory, exist_ok=True)
+    if not os.path.exists(os.path.join(build_directory, f"{name}.so")):
+        print(
+            f"compiling kernels.cu for {', '.join('sm_' + arch for arch in archs)} with {cuda_home}/bin/nvcc; "
+            f"done once, then cached in {build_directory}",
+            file=sys.stderr,
+            flush=True,
+        )
+    link_folder, run_folder = _link_directory(cuda_home, build_directory)
+    with _BuildEnvironment(cuda_home, build_directory) as cpp_extension:
+        return cpp_extension.load_inline(
+            name,
+            cpp_sources="",
+            cuda_sources=source,
+            extra_cuda_cflags=nvcc_flags(archs),
+            extra_ldflags=[f"-L{link_folder}", f"-Wl,-rpath,{run_folder}"],
+            build_directory=build_directory,
+            is_python_module=False,  # plain C functions: PyTorch's headers alone would take nvcc most of a minute
+            no_implicit_headers=True,
+        )
+
+
+_POINTER, _INT64, _DOUBLE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
+
+
+def _load(path):
+    """The library's functions with their argument types; see the bindings at the end of kernels.cu."""
+    library = ctypes.CDLL(path)
+    library.error_string.restype = ctypes.c_char_p
+    library.epilogue_forward.argtypes = [_POINTER] * 2 + [_INT64, _DOUBLE, _INT, _INT, _POINTER]
+    library.epilogue_backward.argtypes = [_POINTER] * 5 + [_INT64] * 3 + [_DOUBLE, _INT, _INT, _POINTER]
+    return library
+
+
+_cuda = _load(build(architectures())) if torch.cuda.is_available() else None
+
+# ------------------------------------------------------------------------------------------------ the operator
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}  # DType in kernels.cu
+
+
+def _describe(**tensors):
+    return ", ".join(f"{name} {list(t.shape)} {t.dtype} on {t.device}" for name, t in tensors.items())
+
+
+def _check(x, weight, bias):
+    """Raises RuntimeError, in nn.Linear's words, unless x [..., K], weight [N, K] and bias [N] fit together."""
+    if weight.dim() != 2 or bias.dim() != 1 or x.dim() == 0 or bias.shape[0] != weight.shape[0]:
+        raise RuntimeError(
+            "linear_sigmoid_residual(): expected x [..., K], weight [N, K] and bias [N], got "
+            + _describe(x=x, weight=weight, bias=bias)
+        )
+    if x.shape[-1] != weight.shape[1]:
+        rows = math.prod(x.shape[:-1])
+        raise RuntimeError(
+            f"linear_sigmoid_residual(): mat1 and mat2 shapes cannot be multiplied ({rows}x{x.shape[-1]} and "
+            f"{weight.shape[1]}x{weight.shape[0]}): expected x [..., {weight.shape[1]}], got "
+            + _describe(x=x, weight=weight)
+        )
+    if not x.dtype == weight.dtype == bias.dtype:
+        raise RuntimeError(
+            "linear_sigmoid_residual(): mat1 and mat2 must have the same dtype, but got "
+            + _describe(x=x, weight=weight, bias=bias)
+        )
+    if not x.device == weight.device == bias.device:
+        raise RuntimeError(
+            "linear_sigmoid_residual(): Expected all tensors to be on the same device, but got "
+            + _describe(x=x, weight=weight, bias=bias)
+        )
+    if x.dtype not in _DTYPES:
+        raise RuntimeError(
+            f"linear_sigmoid_residual(): not implemented for {x.dtype}: expected float32, float16, bfloat16 or float64, "
+            "got " + _describe(x=x, weight=weight, bias=bias)
+        )
+
+
+def select_kernel(x, weight, bias):
+    """The name of the implementation that serves a call with these arguments: the one place where that is decided.
+
+    "cpu"       PyTorch's operators, on tensors that are not on a GPU
+    "library"   cuBLAS, then the fused epilogue kernel of kernels.cu
+    """
+    _check(x, weight, bias)
+    return "library" if x.is_cuda else "cpu"
+
+
+def _forward_cpu(x, weight, bias, scale):
+    return _forward_with_z_cpu(x, weight, bias, scale)[0]
+
+
+def _forward_with_z_cpu(x, weight, bias, scale):
+    _check(x, weight, bias)
+    z = nn.functional.linear(x, weight, bias).contiguous()
+    wide = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+    return torch.sigmoid(wide).mul_(scale).add_(wide).to(z.dtype), z
+
+
+def _backward_z_cpu(grad, z, scale):
+    wide = torch.float32 if z.dtype in (torch.float16, torch.bfloat16) else z.dtype
+    p = torch.sigmoid(z.to(wide))
+    dz = torch.addcmul(torch.ones_like(p), p, 1 - p, value=scale).mul_(grad)
+    return dz.to(z.dtype, memory_format=torch.contiguous_format), dz.reshape(-1, z.shape[-1]).sum(0).to(z.dtype)
+
+
+def _launch(function, tensor, *arguments):
+    """Calls a function of kernels.cu on the tensor's device and that device's current stream; raises on its error."""
+    device = tensor.device.index
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    error = function(*arguments, _DTYPES[tensor.dtype], device, stream)
+    if error:
+        raise RuntimeError(f"{function.__name__} failed: CUDA error {error}, {_cuda.error_string(error).decode()}")
+
+
+def _forward_cuda(x, weight, bias, scale):
+    _check(x, weight, bias)
+    z = nn.functional.linear(x, weight, bias).contiguous()
+    address = z.data_ptr()
+    _launch(_cuda.epilogue_forward, z, address, address, z.numel(), scale)  # in place: no one else needs z
+    return z
+
+
+def _forward_with_z_cuda(x, weight, bias, scale):
+    _check(x, weight, bias)
+    z = nn.functional.linear(x, weight, bias).contiguous()
+    out = torch.empty_like(z)
+    _launch(_cuda.epilogue_forward, z, z.data_ptr(), out.data_ptr(), z.numel(), scale)
+    return out, z
+
+
+def _backward_z_cuda(grad, z, scale):
+    grad, cols = grad.contiguous(), z.shape[-1]
+    dz, dbias = torch.empty_like(z), z.new_empty(cols)
+    if z.numel() == 0:
+        return dz, dbias.zero_()
+    rows = z.numel() // cols
+    strips = min(128, (rows + 63) // 64)  # of rows: enough blocks to fill the GPU, few enough partial sums
+    partial_sums = z.new_empty((strips, cols), dtype=z.dtype if z.dtype == torch.float64 else torch.float32)
+    pointers = [t.data_ptr() for t in (grad, z, dz, partial_sums, dbias)]
+    _launch(_cuda.epilogue_backward, z, *pointers, rows, cols, strips, scale)
+    return dz, dbias
+
+
+def _forward_fake(x, weight, bias, scale):
+    _check(x, weight, bias)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _forward_with_z_fake(x, weight, bias, scale):
+    return _forward_fake(x, weight, bias, scale), _forward_fake(x, weight, bias, scale)
+
+
+def _backward_z_fake(grad, z, scale):
+    return torch.empty_like(z), z.new_empty(z.shape[-1])
+
+
+class _LinearSigmoidResidual(torch.autograd.Function):
+    """Keeps z for the backward (eager keeps sigmoid(z): the same memory)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, scale):
+        with torch._C._AutoDispatchBelowAutograd():
+            out, z = torch.ops.linear_sigmoid_residual.forward_with_z(x, weight, bias, scale)
+        ctx.save_for_backward(x, weight, bias, z)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bias, z = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # create_graph=True: the gradient must be differentiable itself, so it is written in PyTorch's operators,
+            # from a z that depends on x, weight and bias. Costs a GEMM; any order of derivative works.
+            p = torch.sigmoid(nn.functional.linear(x, weight, bias))
+            dz = grad * (1 + ctx.scale * p * (1 - p))
+            dbias = dz.reshape(-1, dz.shape[-1]).sum(0)
+        else:
+            dz, dbias = torch.ops.linear_sigmoid_residual.backward_z(grad, z, ctx.scale)
+        dx = torch.matmul(dz, weight) if ctx.needs_input_grad[0] else None
+        dweight = None
+        if ctx.needs_input_grad[1]:
+            dweight = dz.reshape(-1, dz.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+        return dx, dweight, dbias if ctx.needs_input_grad[2] else None, None
+
+
+def _forward_autograd(x, weight, bias, scale):
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
+        return _LinearSigmoidResidual.apply(x, weight, bias, scale)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.linear_sigmoid_residual.forward(x, weight, bias, scale)
+
+
+def _forward_autocast(device_type):
+    def forward(x, weight, bias, scale):
+        dtype = torch.get_autocast_dtype(device_type)
+        # As autocast does for linear: float64 is left alone.
+        x, weight, bias = (
+            t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, weight, bias)
+        )
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.linear_sigmoid_residual.forward(x, weight, bias, scale)
+
+    return forward
+
+
+def _register(source_digest):
+    """Defines torch.ops.linear_sigmoid_residual.{forward, forward_with_z, backward_z}, once per process.
+
+    A script exec'd a second time finds them defined and uses them; a different version of the script cannot replace
+    them (a dispatcher's definitions last as long as the process) and says so.
+    """
+    namespace = torch.ops.linear_sigmoid_residual
+    if hasattr(namespace, "forward"):
+        if namespace.source_digest != source_digest:
+            raise RuntimeError(
+                "another version of model_new.py has defined torch.ops.linear_sigmoid_residual in this process; "
+                "restart Python to load this one"
+            )
+        return
+    library = torch.library.Library("linear_sigmoid_residual", "DEF")
+    tags = torch.Tag.pt2_compliant_tag
+    forward_arguments = "(Tensor x, Tensor weight, Tensor bias, float scale)"
+    library.define("forward" + forward_arguments + " -> Tensor", tags=tags)
+    library.define("forward_with_z" + forward_arguments + " -> (Tensor, Tensor)", tags=tags)
+    library.define("backward_z(Tensor grad, Tensor z, float scale) -> (Tensor, Tensor)", tags=tags)
+    for name, cpu, cuda, fake in (
+        ("forward", _forward_cpu, _forward_cuda, _forward_fake),
+        ("forward_with_z", _forward_with_z_cpu, _forward_with_z_cuda, _forward_with_z_fake),
+        ("backward_z", _backward_z_cpu, _backward_z_cuda, _backward_z_fake),
+    ):
+        library.impl(name, cpu, "CPU")
+        library.impl(name, cuda, "CUDA")
+        torch.library.register_fake(f"linear_sigmoid_residual::{name}", fake, lib=library)
+    library.impl("forward", _forward_autograd, "Autograd")
+    library.impl("forward", _forward_autocast("cuda"), "AutocastCUDA")
+    library.impl("forward", _forward_autocast("cpu"), "AutocastCPU")
+    namespace.source_digest = source_digest
+    namespace.library = library  # its end would undo the definitions: tie it to the process, not to these globals
+
+
+_register(hashlib.sha256((_kernels_source() if _cuda else "cpu").encode()).hexdigest())
+
+
+def linear_sigmoid_residual(x, weight, bias, scale):
+    """z + scale·sigmoid(z) with z = x·weightᵀ + bias, as one operator of PyTorch's dispatcher.
+
+    Args:
+        x: [..., K], float32, float16, bfloat16 or float64; any strides.
+        weight: [N, K], bias: [N]; dtype and device of x.
+        scale: a Python number.
+    Returns: [..., N], contiguous, dtype and device of x. 16-bit: the GEMM's result z is rounded once, the rest is
+        computed in float32 and rounded once.
+    Differentiable in x, weight and bias, to any order.
+    Raises: TypeError for a non-tensor, RuntimeError for shapes, dtypes or devices that do not fit, before any launch.
+    """
+    for name, value in (("x", x), ("weight", weight), ("bias", bias)):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"linear_sigmoid_residual(): argument '{name}' must be Tensor, not {type(value).__name__}")
+    return torch.ops.linear_sigmoid_residual.forward(x, weight, bias, scale)
+
+
+# ------------------------------------------------------------------------------------------------- the module
+
+
+class ModelNew(nn.Module):
+    """Drop-in for `Model`: same constructor, parameters (`gemm.weight` [N, K], `gemm.bias` [N]) and random draws.
+
+    Args: input_size (K), hidden_size (N), scaling_factor (s). Input [..., K], output [..., N].
+    `gemm` holds the parameters and draws them; its own forward is not called. Nothing is cached between calls.
+    """
+
+    def __init__(self, input_size, hidden_size, scaling_factor):
+        super().__init__()
+        self.gemm = nn.Linear(input_size, hidden_size)
+        self.scaling_factor = scaling_factor
+
+    def forward(self, x):
+        return linear_sigmoid_residual(x, self.gemm.weight, self.gemm.bias, self.scaling_factor)
+
+    def extra_repr(self):
+        return f"scaling_factor={self.scaling_factor}"
+
+
+batch_size, input_size, hidden_size, scaling_factor = 1024, 8192, 8192, 2.0
+
+
+def get_inputs():
+    """[x] with x [1024, 8192] uniform in [0, 1), float32, on the GPU where there is one."""
+    return [torch.rand(batch_size, input_size, device="cuda" if torch.cuda.is_available() else "cpu")]
+
+
+def get_init_inputs():
+    """[input_size, hidden_size, scaling_factor]"""
+    return [input_size, hidden_size, scaling_factor]
+
+# ------------------------------------------------------------------------------------------- the command line
+
+_DTYPE_NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def allclose_tolerance(dtype):
+    """KernelBench's tolerance, absolute and relative: 1e-4 for float32 and float64, 1e-2 for 16-bit."""
+    return 1e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-4
+
+
+def errors_against_float64(outputs, x, weight, bias, scale):
+    """{name: (Frobenius, componentwise)} of each of a dict of outputs against the layer in float64 on the same inputs.
+
+    Frobenius: ‖out − ref‖ / ‖ref‖. Componentwise: max |out − ref| / (|x|·|W|ᵀ + |b| + |s|). Non-finite where out is.
+    """
+    x, weight, bias = x.double(), weight.double(), bias.double()
+    z = nn.functional.linear(x, weight, bias)
+    reference = z + scale * torch.sigmoid(z)
+    magnitude = nn.functional.linear(x.abs(), weight.abs(), bias.abs()).add_(abs(scale))
+    errors = {}
+    for name, out in outputs.items():
+        difference = out.double().sub_(reference)
+        frobenius = (difference.norm() / reference.norm()).item()
+        errors[name] = frobenius, (difference.abs_() / magnitude).max().item()
+    return errors
+
+
+def median_times(functions, repeats):
+    """Median milliseconds of each function of a dict, timed in turns so that all see the same clocks.
+
+    On a GPU: CUDA events, with the L2 cache overwritten before each call. On the CPU: the wall clock.
+    """
+    times = {name: [] for name in functions}
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        l2_bytes = torch.cuda.get_device_properties().L2_cache_size
+        flush = torch.empty(4 * l2_bytes, dtype=torch.int8, device="cuda")
+    for repeat in range(repeats + 1):
+        for name, function in functions.items():
+            if on_gpu:
+                flush.random_() if repeat == 0 else flush.zero_()
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                function()
+                end.record()
+                end.synchronize()
+                times[name].append(start.elapsed_time(end))
+            else:
+                start = time.perf_counter()
+                function()
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}  # the first turn warms up
+
+
+def _environment():
+    if torch.cuda.is_available():
+        where = f"{torch.cuda.get_device_name()} (sm_{architectures()[0]}), CUDA {torch.version.cuda}"
+    else:
+        where = f"CPU ({torch.get_num_threads()} threads), no CUDA device: the operator's CPU implementation"
+    return f"{where}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def _compiled(model, x):
+    """torch.compile(model), or None and why not: where its own compiler is missing the other rows still stand."""
+    if not torch.cuda.is_available() and not any(map(shutil.which, ("g++", "clang++", os.environ.get("CXX", "g++")))):
+        return None, "torch.compile needs a C++ compiler"
+    if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
+        return None, "torch.compile needs triton"
+    compiled = torch.compile(model)
+    compiled(x)
+    return compiled, None
+
+
+def _parse_arguments(argv):
+    parser = argparse.ArgumentParser(
+        prog="model_new.py",
+        description="Checks ModelNew against Model and against float64, then times both and torch.compile(Model).",
+    )
+    parser.add_argument(
+        "--shape", default=f"{batch_size},{input_size},{hidden_size}", metavar="M,K,N", help="default %(default)s"
+    )
+    parser.add_argument("--dtype", choices=_DTYPE_NAMES, default="float32", help="default %(default)s")
+    parser.add_argument(
+        "--precision",
+        choices=("highest", "high", "medium"),
+        default="highest",
+        help="torch.set_float32_matmul_precision: what float32 matrix products may cost in accuracy (default %(default)s)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the results to FILE as a list of objects")
+    parser.add_argument("--export", metavar="FILE", help="write one self-contained file with kernels.cu inside, and stop")
+    arguments = parser.parse_args(argv)
+    if not re.fullmatch(r"\d+,\d+,\d+", arguments.shape) or "0" in arguments.shape.split(","):
+        parser.error(f"--shape: expected three positive numbers M,K,N, got {arguments.shape!r}")
+    arguments.shape = tuple(map(int, arguments.shape.split(",")))
+    return arguments
+
+
+def export(path):
+    """Writes this script with the text of kernels.cu inside to `path`: one file that needs no other."""
+    with open(os.path.abspath(__file__), encoding="utf-8") as file:
+        script = file.read()
+    embedded = f"KERNELS_SOURCE = r'''{_kernels_source()}'''\n"
+    script = script if KERNELS_SOURCE is not None else script.replace("KERNELS_SOURCE = None\n", embedded, 1)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(script)
+
+
+@torch.no_grad()
+def main(argv=None):
+    """The built-in check and timing. Returns the exit status: 0, or 1 when a check failed."""
+    arguments = _parse_arguments(argv)
+    if arguments.export:
+        export(arguments.export)
+        print(f"wrote {arguments.export}")
+        return 0
+    torch.set_float32_matmul_precision(arguments.precision)
+    (rows, k, n), dtype = arguments.shape, _DTYPE_NAMES[arguments.dtype]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(_environment())
+
+    models = {}
+    for kind in (Model, ModelNew):
+        torch.manual_seed(0)
+        models[kind] = kind(k, n, scaling_factor).to(device=device, dtype=dtype)
+    reference, new = models[Model], models[ModelNew]
+    weight, bias = new.gemm.weight, new.gemm.bias
+    x = torch.rand(rows, k, device=device, dtype=dtype)
+    print(
+        f"x [{rows}, {k}], W [{n}, {k}], {arguments.dtype}, float32 matmul precision '{arguments.precision}', "
+        f"kernel: {select_kernel(x, weight, bias)}"
+    )
+
+    tolerance = allclose_tolerance(dtype)
+    out_reference, out_new = reference(x), new(x)
+    same_weights = all(torch.equal(a, b) for a, b in zip(reference.state_dict().values(), new.state_dict().values()))
+    functions = {"Model, eager": lambda: reference(x)}
+    compiled, why_not = _compiled(reference, x)
+    outputs = {"Model, eager": out_reference, "ModelNew": out_new}
+    if compiled is not None:
+        functions["Model, torch.compile"] = lambda: compiled(x)
+        outputs["Model, torch.compile"] = compiled(x)
+    functions["ModelNew"] = lambda: new(x)
+    errors = errors_against_float64(outputs, x, weight, bias, scaling_factor)
+    checks = {
+        "ModelNew and Model draw the same weights from one seed": same_weights,
+        f"ModelNew is Model to {tolerance:g} (allclose)": torch.allclose(out_new, out_reference, tolerance, tolerance),
+        f"ModelNew is float64 to {tolerance:g} (Frobenius)": errors["ModelNew"][0] < tolerance,
+    }
+    for name, good in checks.items():
+        print(f"{'ok  ' if good else 'FAIL'} {name}")
+    times = median_times(functions, repeats=50 if device == "cuda" else 3)
+
+    print(f"\n{'':22}{'ms':>10}{'speedup':>10}{'error vs float64':>19}{'componentwise':>16}")
+    results = []
+    for name, ms in times.items():
+        frobenius, componentwise = errors[name]
+        speedup = times["Model, eager"] / ms
+        print(f"{name:22}{ms:10.4f}{speedup:9.2f}x{frobenius:19.2e}{componentwise:16.2e}")
+        results.append(
+            {
+                "name": name,
+                "precision": arguments.precision,
+                "dtype": arguments.dtype,
+                "shape": [rows, k, n],
+                "ms": ms,
+                "speedup": speedup,
+                "error_frobenius": frobenius,
+                "error_componentwise": componentwise,
+                "torch": torch.__version__,
+                "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+            }
+        )
+    if why_not:
+        print(f"Model, torch.compile: not timed, {why_not}")
+    if arguments.json:
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            json.dump(results, file, indent=1)
+    return 0 if all(checks.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
