@@ -4,27 +4,37 @@
 // its end through ctypes; nothing of PyTorch or Python is included, so it compiles in seconds.
 //
 // Which kernel serves which case is decided in model_new.py (`select_kernel`):
-//   "library"   every architecture, dtype and shape: the GEMM is the library's, and
+//   "fp16x3"    float32 on Hopper (sm_90a): fp16x3::split_x_kernel, then fp16x3::linear_kernel, which computes z
+//               from three fp16 tensor-core products and out in its epilogue.
+//   "library"   every other architecture, dtype and shape: the GEMM is the library's, and
 //               epilogue_forward_kernel turns z into out, in place where z need not be kept.
-// Both paths share the backward:
+// Both share the backward:
 //   epilogue_backward_kernel   dz = grad * d out / d z and partial column sums of dz, in one sweep
 //   reduce_columns_kernel      adds the partial sums in a fixed order: the bias gradient
 //
 // Every extern "C" function returns a cudaError_t as int; 0 is success. All sizes are element counts.
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <utility>
 
 // ---------------------------------------------------------------------------- element types
 
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };  // as in model_new.py
 
 // The type in which an element is computed: float for 16-bit storage, so that out is rounded once.
-template <typename T> struct ComputeType { using type = float; };
-template <> struct ComputeType<double> { using type = double; };
+template <typename T> struct ComputeType {
+  using type = float;
+};
+template <> struct ComputeType<double> {
+  using type = double;
+};
 template <typename T> using compute_t = typename ComputeType<T>::type;
 
 __device__ __forceinline__ float to_compute(float v) { return v; }
@@ -39,7 +49,9 @@ template <> __device__ __forceinline__ __nv_bfloat16 from_compute<__nv_bfloat16>
 }
 
 // `kWidth` elements moved by one load or store; 16 bytes where the pointers allow it.
-template <typename T, int kWidth> struct alignas(sizeof(T) * kWidth) Vector { T v[kWidth]; };
+template <typename T, int kWidth> struct alignas(sizeof(T) * kWidth) Vector {
+  T v[kWidth];
+};
 template <typename T> constexpr int kVectorWidth = 16 / sizeof(T);
 
 static bool aligned16(const void* a, const void* b, const void* c) {
@@ -73,7 +85,7 @@ constexpr int kEpilogueUnroll = 4;  // independent 16-byte loads in flight per t
 // out[i] = z[i] + scale * sigmoid(z[i]). No __restrict__: out may be z itself, each thread reads before it writes.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kEpilogueThreads)
-epilogue_forward_kernel(const T* z, T* out, int64_t vectors, compute_t<T> scale) {
+    epilogue_forward_kernel(const T* z, T* out, int64_t vectors, compute_t<T> scale) {
   using Vec = Vector<T, kWidth>;
   const Vec* z_vec = reinterpret_cast<const Vec*>(z);
   Vec* out_vec = reinterpret_cast<Vec*>(out);
@@ -106,7 +118,8 @@ static cudaError_t launch_epilogue_vectors(const T* z, T* out, int64_t vectors, 
 }
 
 template <typename T>
-static cudaError_t launch_epilogue_forward(const void* z_, void* out_, int64_t numel, double scale, cudaStream_t stream) {
+static cudaError_t launch_epilogue_forward(const void* z_, void* out_, int64_t numel, double scale,
+                                           cudaStream_t stream) {
   const T* z = static_cast<const T*>(z_);
   T* out = static_cast<T*>(out_);
   constexpr int width = kVectorWidth<T>;
@@ -128,9 +141,9 @@ constexpr int kBackwardWarps = 8;
 // Sums are taken of dz before it is rounded to 16 bits, in an order fixed by the grid: deterministic.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(32 * kBackwardWarps)
-epilogue_backward_kernel(const T* __restrict__ grad, const T* __restrict__ z, T* __restrict__ dz,
-                         compute_t<T>* __restrict__ partial_sums, int64_t rows, int64_t cols,
-                         int64_t rows_per_block, compute_t<T> scale) {
+    epilogue_backward_kernel(const T* __restrict__ grad, const T* __restrict__ z, T* __restrict__ dz,
+                             compute_t<T>* __restrict__ partial_sums, int64_t rows, int64_t cols,
+                             int64_t rows_per_block, compute_t<T> scale) {
   using C = compute_t<T>;
   using Vec = Vector<T, kWidth>;
   __shared__ C warp_sums[kBackwardWarps][32 * kWidth];
@@ -139,9 +152,10 @@ epilogue_backward_kernel(const T* __restrict__ grad, const T* __restrict__ z, T*
   const int64_t row_end = min(rows, (int64_t(blockIdx.y) + 1) * rows_per_block);
   C sum[kWidth] = {};
   if (col < cols) {
-#pragma unroll 4
-    for (int64_t row = int64_t(blockIdx.y) * rows_per_block + warp; row < row_end; row += kBackwardWarps) {
-      const int64_t at = row * cols + col;
+    const int64_t row = int64_t(blockIdx.y) * rows_per_block + warp;
+    int64_t at = row * cols + col;
+#pragma unroll 2
+    for (int64_t left = row_end - row; left > 0; left -= kBackwardWarps, at += kBackwardWarps * cols) {
       const Vec g = *reinterpret_cast<const Vec*>(grad + at);
       const Vec zv = *reinterpret_cast<const Vec*>(z + at);
       Vec result;
@@ -180,7 +194,8 @@ __global__ void reduce_columns_kernel(const compute_t<T>* __restrict__ partial_s
 
 template <typename T, int kWidth>
 static cudaError_t launch_backward_width(const T* grad, const T* z, T* dz, compute_t<T>* partial_sums, T* dbias,
-                                         int64_t rows, int64_t cols, int64_t strips, double scale, cudaStream_t stream) {
+                                         int64_t rows, int64_t cols, int64_t strips, double scale,
+                                         cudaStream_t stream) {
   const int64_t columns_per_block = 32 * kWidth;
   const dim3 grid(unsigned((cols + columns_per_block - 1) / columns_per_block), unsigned(strips));
   const int64_t rows_per_block = (rows + strips - 1) / strips;
@@ -192,17 +207,659 @@ static cudaError_t launch_backward_width(const T* grad, const T* z, T* dz, compu
 }
 
 template <typename T>
-static cudaError_t launch_epilogue_backward(const void* grad_, const void* z_, void* dz_, void* partial_sums, void* dbias,
-                                            int64_t rows, int64_t cols, int64_t strips, double scale, cudaStream_t stream) {
+static cudaError_t launch_epilogue_backward(const void* grad_, const void* z_, void* dz_, void* partial_sums,
+                                            void* dbias, int64_t rows, int64_t cols, int64_t strips, double scale,
+                                            cudaStream_t stream) {
   const T* grad = static_cast<const T*>(grad_);
   const T* z = static_cast<const T*>(z_);
   T* dz = static_cast<T*>(dz_);
   auto* partial = static_cast<compute_t<T>*>(partial_sums);
   constexpr int width = kVectorWidth<T>;
   if (cols % width == 0 && aligned16(grad, z, dz))
-    return launch_backward_width<T, width>(grad, z, dz, partial, static_cast<T*>(dbias), rows, cols, strips, scale, stream);
+    return launch_backward_width<T, width>(grad, z, dz, partial, static_cast<T*>(dbias), rows, cols, strips, scale,
+                                           stream);
   return launch_backward_width<T, 1>(grad, z, dz, partial, static_cast<T*>(dbias), rows, cols, strips, scale, stream);
 }
+
+// ---------------------------------------------------------------------------- PTX, one thin function each
+// Names are the instructions'; https://docs.nvidia.com/cuda/parallel-thread-execution describes each.
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)  // compiling for sm_90a: wgmma, setmaxnreg
+#define HAS_SM90A 1
+#endif
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+#ifdef HAS_SM90A
+
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+__device__ __forceinline__ void fence_mbarrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Arrives on the barrier at the same shared-memory offset in another block of the cluster.
+__device__ __forceinline__ void mbarrier_arrive_remote(uint32_t barrier, uint32_t block) {
+  asm volatile(
+      "{\n .reg .b32 remote;\n"
+      " mapa.shared::cluster.u32 remote, %0, %1;\n"
+      " mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
+      "r"(block)
+      : "memory");
+}
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n .reg .pred p;\n"
+        " mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        " selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (!done);
+}
+
+// Copies one box of a 2-d tensor to the same shared-memory offset of every block in `blocks` (a bit mask), and counts
+// its bytes on the barrier at the same offset in each of them. (column, row): the box's first element; outside: zeros.
+__device__ __forceinline__ void cp_async_bulk_tensor_2d(uint32_t to, const CUtensorMap* map, int column, int row,
+                                                        uint32_t barrier, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
+      : "memory");
+}
+__device__ __forceinline__ void prefetch_tensormap(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending> __device__ __forceinline__ void wgmma_wait_group() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// d [64, 128] (+)= a [64, 16] * b [16, 128]: a in registers, b in shared memory (K-major); `accumulate` 0 overwrites d.
+#define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
+__device__ __forceinline__ void wgmma_m64n128k16_f32_f16(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
+                                                         int accumulate) {
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.b32 p, %69, 0;\n"
+      " wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16"
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
+      " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31,"
+      " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"
+      " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63},"
+      " {%64, %65, %66, %67}, %68, p, 1, 1, 0;\n}"
+      : D16(0), D16(16), D16(32), D16(48)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}
+#undef D16
+#undef D4
+
+// Barrier `id` of the block, for `threads` threads in all: those that wait at it and those that only arrive.
+__device__ __forceinline__ void bar_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void bar_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+template <int kRegisters> __device__ __forceinline__ void setmaxnreg_inc() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters> __device__ __forceinline__ void setmaxnreg_dec() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+__device__ __forceinline__ uint32_t cluster_ctarank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ void barrier_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Until the kernel before this one in the stream has finished and its writes are visible.
+__device__ __forceinline__ void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Lets the next kernel in the stream start its blocks as soon as there is room for them.
+__device__ __forceinline__ void griddepcontrol_launch_dependents() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+#endif  // HAS_SM90A
+
+// ---------------------------------------------------------------------------- float32 from three fp16 products
+//
+// Precision. A float32 number a is scaled by a power of two (exact) and written as hi + lo, two fp16 numbers of 11
+// significant bits each: hi = fp16(a), lo = fp16(a - hi). Then a*b = hi*hi + hi*lo + lo*hi, and what is dropped,
+// lo*lo and the rest below lo, is 2^-22 of the product. (Markidis et al. 2018; Ootomo and Yokota 2022.)
+//   Range: the scale puts the largest |a| that shares it into [2^14, 2^15), so that lo keeps all its bits for every
+//     number down to 2^-17 of the largest, and an absolute 2^-40 of the largest below that. x has one scale a row,
+//     W one for every row and block of 64 k: neither outlier rows nor outlier columns of x cost the others bits
+//     unless they are more than 2^17 larger.
+//   Accumulation: the tensor core truncates when it adds to its float32 accumulator. So it only ever adds one block
+//     of 64 k to a fresh `partial`; the partial is scaled back (exact) and added to `total` by an ordinary fma.
+//
+// Data flow. The kernel computes the transposed tile out^T [64 n, 128 m] per consumer warpgroup, with wgmma's
+//   A = W, from registers: TMA brings W as float32 to shared memory, each thread loads its part of the fragment,
+//       finds the scale with its three neighbours, splits. Nothing about W is stored outside the kernel.
+//   B = x, from shared memory, as hi and lo: split_x_kernel wrote both before, with the row's scale.
+// Warps. One producer thread issues TMA for W, one for x. Two consumer warpgroups own 64 rows of W each, half a block
+//   of k apart: while one adds its partials, the other's products keep the tensor cores busy.
+// Rings. W and x have a ring of shared-memory stages each, every stage with two barriers:
+//   full: bytes have landed -> consumers;  empty: every consumer warp that reads it is done -> producer.
+//   A W stage is free once it is in registers; an x stage once its products are finished.
+// Clusters. kClusterM blocks side by side need the same W, kClusterN the same x: each loads a slice and TMA
+//   multicasts it to the others, which divides what is read from L2. So an `empty` barrier counts the consumer
+//   warps of all blocks that the slice goes to.
+// Order of k. A product may sum k in any order if both operands agree. A thread loads W in 16 bytes, four
+//   consecutive k, where the fragment wants k = 2q, 2q+1, 2q+8, 2q+9 (q = lane % 4); so split_x_kernel stores each
+//   group of 16 k in the order 0 1 4 5 8 9 12 13 2 3 6 7 10 11 14 15.
+
+namespace fp16x3 {
+
+constexpr int kTileM = 128, kTileN = 128, kTileK = 64;
+constexpr int kWStages = 4, kXStages = 3;
+constexpr int kWStageBytes = kTileN * kTileK * 4;  // float [2 halves of k][kTileN][32], 128-byte swizzle
+constexpr int kXPartBytes = kTileM * kTileK * 2;   // half [kTileM][kTileK], 128-byte swizzle
+constexpr int kXStageBytes = 2 * kXPartBytes;      // hi, lo
+constexpr int kConsumerWarpgroups = kTileN / 64;
+constexpr int kThreads = 128 * (1 + kConsumerWarpgroups);
+[[maybe_unused]] constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
+constexpr int kBarrierBytes = 2 * (kWStages + kXStages) * 8;
+constexpr int kSharedBytes = kWStages * kWStageBytes + kXStages * kXStageBytes + kBarrierBytes + 1024;  // + alignment
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+static_assert(128 * (kProducerRegisters + kConsumerWarpgroups * kConsumerRegisters) <= 65536, "the register file");
+static_assert(kSharedBytes <= 232448, "shared memory of a Hopper block");
+
+// The scale of a group of numbers, from the bits of the largest |a| among them: 2^(14 - exponent), at most 2^126 so
+// that its inverse is a normal number too (the largest is then below 2^-112 and every bit of it is kept anyway).
+__device__ __forceinline__ void scale_and_inverse(float largest, float& scale, float& inverse) {
+  const uint32_t exponent = min(268u - (__float_as_uint(largest) >> 23), 253u);
+  scale = __uint_as_float(exponent << 23);
+  inverse = __uint_as_float((254u - exponent) << 23);
+}
+
+// hi and lo of two numbers, packed as wgmma and shared memory want them: the first in the lower half.
+__device__ __forceinline__ void split2(float a, float b, float scale, uint32_t& hi, uint32_t& lo) {
+  a *= scale;
+  b *= scale;
+  __half2 h;  // volatile: to stay between the wgmmas it is written between
+  asm volatile("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(*reinterpret_cast<uint32_t*>(&h)) : "f"(b), "f"(a));
+  const float2 back = __half22float2(h);
+  const __half2 l = __floats2half2_rn(a - back.x, b - back.y);
+  hi = *reinterpret_cast<const uint32_t*>(&h);
+  lo = *reinterpret_cast<const uint32_t*>(&l);
+}
+
+// ---- x [M, K] float -> hi, lo [M, padded_k] half in the order of k described above, inverse_scale [M]
+constexpr int kSplitThreads = 256;
+
+__global__ void __launch_bounds__(kSplitThreads)
+    split_x_kernel(const float* __restrict__ x, int64_t x_stride, __half* __restrict__ hi, __half* __restrict__ lo,
+                   float* __restrict__ inverse_scale, int k, int padded_k) {
+#ifdef HAS_SM90A
+  griddepcontrol_launch_dependents();
+  const float* row = x + blockIdx.x * x_stride;
+  auto load4 = [&](int at) { return at < k ? *reinterpret_cast<const float4*>(row + at) : float4{0, 0, 0, 0}; };
+  auto largest_of = [](float4 v) { return fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))); };
+  constexpr int kStride = kSplitThreads * 4;
+  constexpr int kHeld = 8;  // float4 a thread keeps between its two sweeps over the row: all of it up to K = 8192
+
+  float4 held[kHeld];
+  float largest = 0;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) held[i] = load4(threadIdx.x * 4 + i * kStride);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) largest = fmaxf(largest, largest_of(held[i]));
+  for (int at = threadIdx.x * 4 + kHeld * kStride; at < k; at += kStride)
+    largest = fmaxf(largest, largest_of(load4(at)));
+
+  __shared__ uint32_t warp_largest[kSplitThreads / 32];  // bits of non-negative floats are ordered like the floats
+  const uint32_t in_warp = __reduce_max_sync(~0u, __float_as_uint(largest));
+  if (threadIdx.x % 32 == 0) warp_largest[threadIdx.x / 32] = in_warp;
+  __syncthreads();
+  const uint32_t in_row = __reduce_max_sync(~0u, warp_largest[threadIdx.x % (kSplitThreads / 32)]);
+  float scale, inverse;
+  scale_and_inverse(__uint_as_float(in_row), scale, inverse);
+  if (threadIdx.x == 0) inverse_scale[blockIdx.x] = inverse;
+
+  // Thread q of four has k = 4q .. 4q+3 of a group of 16. The fragment's order wants its first two in the group's first
+  // half and the others in the second; one exchange with the neighbour makes that 8 contiguous bytes per thread.
+  const bool odd = threadIdx.x % 2;
+  auto store4 = [&](int at, float4 v) {
+    uint32_t h[2], l[2];
+    split2(v.x, v.y, scale, h[0], l[0]);
+    split2(v.z, v.w, scale, h[1], l[1]);
+    const uint32_t h_other = __shfl_xor_sync(~0u, odd ? h[0] : h[1], 1),
+                   l_other = __shfl_xor_sync(~0u, odd ? l[0] : l[1], 1);
+    const int q = at / 4 % 4;
+    const int64_t to = blockIdx.x * int64_t(padded_k) + at / 16 * 16 + (odd ? 8 : 0) + q / 2 * 4;
+    if (at >= padded_k) return;
+    *reinterpret_cast<uint2*>(hi + to) = odd ? make_uint2(h_other, h[1]) : make_uint2(h[0], h_other);
+    *reinterpret_cast<uint2*>(lo + to) = odd ? make_uint2(l_other, l[1]) : make_uint2(l[0], l_other);
+  };
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i)
+    if (i * kStride < padded_k) store4(threadIdx.x * 4 + i * kStride, held[i]);
+  for (int first = kHeld * kStride; first < padded_k; first += kStride)
+    store4(threadIdx.x * 4 + first, load4(threadIdx.x * 4 + first));
+#endif
+}
+
+// Which tile comes when. Tiles of one cluster are numbered along m first, in groups of kGroupM, then n: blocks that
+// run at the same time share W's tiles, which are the larger traffic, and the group's x stays in L2.
+template <int kClusterM, int kClusterN> struct TileScheduler {
+  static constexpr int kGroupM = 8 / kClusterM;  // in clusters: 8 tiles, so that x's part stays in the L2 cache
+  int clusters_m, clusters_n;
+
+  __host__ __device__ TileScheduler(int m, int n)
+      : clusters_m((m + kTileM * kClusterM - 1) / (kTileM * kClusterM)),
+        clusters_n((n + kTileN * kClusterN - 1) / (kTileN * kClusterN)) {}
+  __host__ __device__ int count() const { return clusters_m * clusters_n; }
+
+#ifdef HAS_SM90A
+  // This block's tiles one after the other: body(m0, n0) with the tile's first row and column of out.
+  template <typename Body> __device__ __forceinline__ void for_each_tile(uint32_t rank, Body body) const {
+    constexpr int blocks = kClusterM * kClusterN;
+    const int per_group = kGroupM * clusters_n;
+#pragma unroll 1
+    for (int index = blockIdx.x / blocks; index < count(); index += gridDim.x / blocks) {
+      const int first_m = index / per_group * kGroupM, size_m = min(kGroupM, clusters_m - first_m);
+      const int cluster_m = first_m + index % per_group % size_m, cluster_n = index % per_group / size_m;
+      body((cluster_m * kClusterM + int(rank % kClusterM)) * kTileM,
+           (cluster_n * kClusterN + int(rank / kClusterM)) * kTileN);
+    }
+  }
+#endif
+};
+
+struct Arguments {
+  const float* x;              // [m, k], row stride x_stride
+  const float* w;              // [n, k], row stride w_stride
+  const float* inverse_scale;  // [m] of x's rows
+  const float* bias;           // [n]
+  float* out;                  // [m, n]
+  int64_t x_stride, w_stride;
+  int m, n, k;
+  float scale;  // s
+};
+
+#ifdef HAS_SM90A
+
+// A thread's part of W in one block of 64 k, for wgmma's four steps of 16 k: rows r and r + 8, four consecutive k each.
+struct WBlock {
+  float4 value[4][2];  // [step][row r, row r + 8]
+  float scale[2], inverse[2];
+};
+
+// One step's operand A: the registers of wgmma's 64 x 16 fragment, twice.
+struct Fragment {
+  uint32_t hi[4], lo[4];
+};
+
+__device__ __forceinline__ void load_step(WBlock& block, int step, uint32_t row_address, uint32_t q, uint32_t swizzle) {
+  const uint32_t address = row_address + (step / 2) * (kTileN * 128) + (((step % 2) * 4 + q) ^ swizzle) * 16;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float4& v = block.value[step][half];
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(address + half * 8 * 128));
+  }
+}
+
+// Both rows' scale, from the largest |w| of the 64: this thread's sixteen and its three neighbours'.
+__device__ __forceinline__ void find_scale(WBlock& block) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float largest = 0;
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      const float4 v = block.value[step][half];
+      largest = fmaxf(fmaxf(largest, fmaxf(fabsf(v.x), fabsf(v.y))), fmaxf(fabsf(v.z), fabsf(v.w)));
+    }
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+    scale_and_inverse(largest, block.scale[half], block.inverse[half]);
+  }
+}
+
+__device__ __forceinline__ void split_step(Fragment& fragment, const WBlock& block, int step) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float4 v = block.value[step][half];
+    split2(v.x, v.y, block.scale[half], fragment.hi[half], fragment.lo[half]);
+    split2(v.z, v.w, block.scale[half], fragment.hi[half + 2], fragment.lo[half + 2]);
+  }
+}
+
+// wgmma's description of a K-major operand with 128-byte swizzle: 8 rows of 128 bytes form 1024 contiguous bytes.
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address) {
+  return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+
+#endif  // HAS_SM90A
+
+template <int kClusterM, int kClusterN>
+__global__ void __launch_bounds__(kThreads, 1)
+    linear_kernel(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_hi_map,
+                  const __grid_constant__ CUtensorMap x_lo_map, const __grid_constant__ Arguments args) {
+#ifdef HAS_SM90A
+  extern __shared__ uint8_t shared_memory[];
+  const uint32_t w_stages = (shared_address(shared_memory) + 1023) & ~1023u;  // the swizzle repeats every 1024 bytes
+  const uint32_t x_stages = w_stages + kWStages * kWStageBytes;
+  const uint32_t w_full = x_stages + kXStages * kXStageBytes, w_empty = w_full + 8 * kWStages;
+  const uint32_t x_full = w_empty + 8 * kWStages, x_empty = x_full + 8 * kXStages;
+
+  const uint32_t rank = cluster_ctarank();
+  const uint32_t rank_m = rank % kClusterM, rank_n = rank / kClusterM;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kWStages; ++i) {
+      mbarrier_init(w_full + 8 * i, 1);
+      mbarrier_init(w_empty + 8 * i, kConsumerWarps * kClusterM);
+    }
+    for (int i = 0; i < kXStages; ++i) {
+      mbarrier_init(x_full + 8 * i, 1);
+      mbarrier_init(x_empty + 8 * i, kConsumerWarps * kClusterN);
+    }
+    fence_mbarrier_init();
+    prefetch_tensormap(&w_map);
+    prefetch_tensormap(&x_hi_map);
+    prefetch_tensormap(&x_lo_map);
+  }
+  __syncthreads();
+  barrier_cluster();
+
+  const int k_blocks = (args.k + kTileK - 1) / kTileK;
+
+  if (warp < 4) {  // ------------------------------------------------------------ producer
+    setmaxnreg_dec<kProducerRegisters>();
+    if (lane == 0 && warp < 2) {
+      // This block's slices: rows [rank_m, +1) * kTileN / kClusterM of W's tile, likewise of x's.
+      constexpr int w_rows = kTileN / kClusterM, x_rows = kTileM / kClusterN;
+      const uint16_t w_blocks = ((1u << kClusterM) - 1) << (rank_n * kClusterM);
+      uint16_t x_blocks = 0;
+      for (int i = 0; i < kClusterN; ++i) x_blocks |= 1u << (i * kClusterM + rank_m);
+
+      auto load_w = [&](int n0, int k_block, uint32_t turn) {
+        const uint32_t stage = turn % kWStages, barrier = w_full + 8 * stage;
+        mbarrier_wait(w_empty + 8 * stage, (turn / kWStages + 1) % 2);
+        mbarrier_arrive_expect_tx(barrier, kWStageBytes);
+        const uint32_t to = w_stages + stage * kWStageBytes + rank_m * w_rows * 128;
+        const int row = n0 + rank_m * w_rows;
+        for (int half = 0; half < 2; ++half)
+          cp_async_bulk_tensor_2d(to + half * kTileN * 128, &w_map, k_block * kTileK + half * 32, row, barrier,
+                                  w_blocks);
+      };
+      auto load_x = [&](int m0, int k_block, uint32_t turn) {
+        const uint32_t stage = turn % kXStages, barrier = x_full + 8 * stage;
+        mbarrier_wait(x_empty + 8 * stage, (turn / kXStages + 1) % 2);
+        mbarrier_arrive_expect_tx(barrier, kXStageBytes);
+        const uint32_t to = x_stages + stage * kXStageBytes + rank_n * x_rows * 128;
+        const int row = m0 + rank_n * x_rows;
+        cp_async_bulk_tensor_2d(to, &x_hi_map, k_block * kTileK, row, barrier, x_blocks);
+        cp_async_bulk_tensor_2d(to + kXPartBytes, &x_lo_map, k_block * kTileK, row, barrier, x_blocks);
+      };
+
+      // Two threads, so that W may run ahead by its whole ring while x waits for a stage, and the other way round.
+      uint32_t turn = 0;
+      if (warp == 0) {
+        TileScheduler<kClusterM, kClusterN>(args.m, args.n).for_each_tile(rank, [&](int m0, int n0) {
+          for (int k_block = 0; k_block < k_blocks; ++k_block) load_w(n0, k_block, turn++);
+        });
+      } else {
+        griddepcontrol_wait();  // x is being split by the kernel before; W need not wait for it
+        TileScheduler<kClusterM, kClusterN>(args.m, args.n).for_each_tile(rank, [&](int m0, int n0) {
+          for (int k_block = 0; k_block < k_blocks; ++k_block) load_x(m0, k_block, turn++);
+        });
+      }
+    }
+  } else {  // ------------------------------------------------------------------- consumers
+    setmaxnreg_inc<kConsumerRegisters>();
+    griddepcontrol_wait();  // for inverse_scale
+    const int consumer = warp / 4 - 1, r = lane / 4, q = lane % 4;
+    // The fragment's row r is W's row 0 4 1 5 2 6 3 7 of eight: the eight lanes that load 16 bytes together then
+    // touch all banks under the swizzle, where rows r and r + 1 would collide.
+    const int row = (warp - 4) * 16 + r / 2 + (r % 2) * 4;
+    const uint32_t swizzle = row % 8;
+
+    float partial[64], total[64];  // [16 groups of 8 m][row r, row r + 8][m = 2q, 2q + 1], written [16][4]
+    WBlock w = {};                 // being split, while the next one arrives step by step in the same registers
+    Fragment fragments[4];         // one per step
+    uint32_t w_turn = 0, x_turn = 0;
+
+    auto wait_for_w = [&] { mbarrier_wait(w_full + 8 * (w_turn % kWStages), w_turn / kWStages % 2); };
+    auto load_w = [&](int step) {
+      load_step(w, step, w_stages + w_turn % kWStages * kWStageBytes + row * 128, q, swizzle);
+    };
+    auto release_w = [&] {
+      __syncwarp();
+      if (lane < kClusterM) mbarrier_arrive_remote(w_empty + 8 * (w_turn % kWStages), rank_n * kClusterM + lane);
+      ++w_turn;
+    };
+
+    // The two warpgroups take turns to begin a block, the second when the first is past its middle: while one is
+    // between two blocks, with nothing in the tensor cores, the other is not.
+    const int my_turn = 1 + consumer, other_turn = 2 - consumer;
+    if (consumer == 1) bar_arrive(other_turn, 256);
+
+    // One block of 64 k, entered with its scale known and step 0's fragment made. While the tensor cores multiply one
+    // step this warp splits the next, and loads the next block of W into the registers that become free.
+    auto multiply_block = [&](bool has_next) {
+      const uint32_t stage = x_turn % kXStages;
+      const float inverse[2] = {w.inverse[0], w.inverse[1]};
+      mbarrier_wait(x_full + 8 * stage, x_turn / kXStages % 2);
+      const uint64_t x_hi = matrix_descriptor(x_stages + stage * kXStageBytes);
+      const uint64_t x_lo = matrix_descriptor(x_stages + stage * kXStageBytes + kXPartBytes);
+      if (has_next) wait_for_w();
+      bar_sync(my_turn, 256);
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        const Fragment& fragment = fragments[step];
+        wgmma_fence();
+        // 16 k are 32 bytes, which is 2 in a descriptor.
+        wgmma_m64n128k16_f32_f16(partial, fragment.lo, x_hi + 2 * step, step > 0);
+        wgmma_m64n128k16_f32_f16(partial, fragment.hi, x_lo + 2 * step, 1);
+        wgmma_m64n128k16_f32_f16(partial, fragment.hi, x_hi + 2 * step, 1);
+        wgmma_commit_group();
+        if (step == 2) bar_arrive(other_turn, 256);
+        if (has_next) load_w(step);
+        if (step < 3) split_step(fragments[step + 1], w, step + 1);
+      }
+      if (has_next) {
+        release_w();
+        find_scale(w);
+        wgmma_wait_group<3>();  // step 0 has been multiplied
+        split_step(fragments[0], w, 0);
+      }
+      wgmma_wait_group<0>();
+      if (lane < kClusterN) mbarrier_arrive_remote(x_empty + 8 * stage, lane * kClusterM + rank_m);
+      ++x_turn;
+#pragma unroll
+      for (int i = 0; i < 64; ++i) total[i] = fmaf(partial[i], inverse[i / 2 % 2], total[i]);
+    };
+
+    TileScheduler<kClusterM, kClusterN>(args.m, args.n).for_each_tile(rank, [&](int m0, int n0) {
+#pragma unroll
+      for (int i = 0; i < 64; ++i) total[i] = 0;
+      wait_for_w();
+#pragma unroll
+      for (int step = 0; step < 4; ++step) load_w(step);
+      release_w();
+      find_scale(w);
+      split_step(fragments[0], w, 0);
+#pragma unroll 1
+      for (int k_block = 0; k_block < k_blocks; ++k_block) multiply_block(k_block + 1 < k_blocks);
+
+      // Epilogue. Element i of this thread is at row m_of(i, q), column n_of(i, r): a store instruction of a warp
+      // fills whole 32-byte sectors of four rows.
+      auto m_of = [&](int i, int q_) { return m0 + i / 4 * 8 + q_ * 2 + i % 2; };
+      auto n_of = [&](int i, int r_) { return n0 + (warp - 4) * 16 + r_ / 2 + (r_ % 2) * 4 + i / 2 % 2 * 8; };
+      auto store = [&](int i, float product) {
+        const int n = n_of(i, r);
+        args.out[int64_t(m_of(i, q)) * args.n + n] = sigmoid_residual(product + args.bias[n], args.scale);
+      };
+      const float bias[2] = {n_of(0, r) < args.n ? args.bias[n_of(0, r)] : 0,
+                             n_of(2, r) < args.n ? args.bias[n_of(2, r)] : 0};
+      uint64_t not_finite = 0;
+#pragma unroll
+      for (int group = 0; group < 16; ++group) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int m = m_of(4 * group + e, q);
+          const float inverse_scale = m < args.m ? args.inverse_scale[m] : 0;
+          float* out = args.out + int64_t(m) * args.n;
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int i = 4 * group + 2 * half + e, n = n_of(i, r);
+            const float product = total[i] * inverse_scale;
+            const float value = sigmoid_residual(product + bias[half], args.scale);
+            const bool inside = m < args.m && n < args.n, finite = fabsf(product) < INFINITY;
+            if (inside && finite) out[n] = value;
+            if (inside && !finite) not_finite |= uint64_t(1) << i;
+          }
+        }
+      }
+
+      // A product that is not finite may be so because of the splitting (Inf - Inf in lo, or an overflow of the scaled
+      // sum). Such elements are computed again as plain float32 dot products, which is what eager gives.
+      const unsigned count = __reduce_add_sync(~0u, unsigned(__popcll(not_finite)));
+      if (count > 128) {  // many: every thread its own, 16 at a time, so that an operand loaded serves several
+#pragma unroll 1
+        for (int first = 0; first < 64; first += 16) {
+          float sum[16] = {};
+          const float* w_row = args.w + min(n_of(0, r), args.n - 1) * args.w_stride;
+          const int64_t w_next = (min(n_of(2, r), args.n - 1) - min(n_of(0, r), args.n - 1)) * args.w_stride;
+#pragma unroll 1
+          for (int k = 0; k < args.k; k += 4) {
+            const float4 a[2] = {*reinterpret_cast<const float4*>(w_row + k),
+                                 *reinterpret_cast<const float4*>(w_row + w_next + k)};
+#pragma unroll
+            for (int i = 0; i < 16; ++i) {
+              if (i / 2 % 2) continue;
+              const int m = min(m_of(first + i, q), args.m - 1);
+              const float4 b = *reinterpret_cast<const float4*>(args.x + m * args.x_stride + k);
+#pragma unroll
+              for (int half = 0; half < 2; ++half)
+                sum[i + 2 * half] =
+                    fmaf(a[half].w, b.w,
+                         fmaf(a[half].z, b.z, fmaf(a[half].y, b.y, fmaf(a[half].x, b.x, sum[i + 2 * half]))));
+            }
+          }
+#pragma unroll
+          for (int i = 0; i < 16; ++i)
+            if (not_finite >> (first + i) & 1) store(first + i, sum[i]);
+        }
+      } else if (count > 0) {  // few: the warp computes one after the other
+        for (unsigned lanes; (lanes = __ballot_sync(~0u, not_finite != 0)) != 0;) {
+          const int owner = __ffs(lanes) - 1;
+          const int i = __shfl_sync(~0u, __ffsll(not_finite) - 1, owner);
+          const float* w_row = args.w + n_of(i, owner / 4) * args.w_stride;
+          const float* x_row = args.x + m_of(i, owner % 4) * args.x_stride;
+          float sum = 0;
+          for (int k = lane * 4; k < args.k; k += 128) {
+            const float4 a = *reinterpret_cast<const float4*>(w_row + k);
+            const float4 b = *reinterpret_cast<const float4*>(x_row + k);
+            sum = fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
+          }
+          for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+          if (lane == owner) {
+            store(i, sum);
+            not_finite &= not_finite - 1;
+          }
+        }
+      }
+    });
+    if (consumer == 0) bar_sync(my_turn, 256);  // takes the last turn, so that the barrier ends as it began
+  }
+  barrier_cluster();  // no block may end while another still multicasts to it or arrives on its barriers
+#endif
+}
+
+// A tensor map over a row-major 2-d tensor, boxes of `box_rows` rows of 128 bytes, 128-byte swizzle, zeros outside.
+static cudaError_t encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, int element_bytes, const void* base,
+                                     int64_t rows, int64_t cols, int64_t row_stride, int box_rows) {
+  // Through the runtime, so that libcuda need not be linked.
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(
+        error == cudaSuccess && found == cudaDriverEntryPointSuccess ? function : nullptr);
+  }();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  const cuuint64_t sizes[2] = {cuuint64_t(cols), cuuint64_t(rows)};
+  const cuuint64_t strides[1] = {cuuint64_t(row_stride) * element_bytes};
+  const cuuint32_t box[2] = {128u / element_bytes, cuuint32_t(box_rows)}, element_strides[2] = {1, 1};
+  const CUresult result =
+      encode(map, type, 2, const_cast<void*>(base), sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// How many clusters the device holds at once; also allows the kernel its shared memory there. Asked once a device.
+template <int kClusterM, int kClusterN> static cudaError_t resident_clusters(int device, int* clusters) {
+  static std::atomic<int> known[64];
+  if (device < 64 && (*clusters = known[device].load()) > 0) return cudaSuccess;
+  const auto kernel = linear_kernel<kClusterM, kClusterN>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = kClusterM * kClusterN;
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = kSharedBytes;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {kClusterM * kClusterN, 1, 1};
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  error = cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
+  if (error == cudaSuccess && *clusters == 0) error = cudaErrorInvalidConfiguration;
+  if (error == cudaSuccess && device < 64) known[device].store(*clusters);
+  return error;
+}
+
+template <int kClusterM, int kClusterN>
+static cudaError_t launch(const Arguments& args, __half* hi, __half* lo, float* inverse_scale, int padded_k, int device,
+                          cudaStream_t stream) {
+  CUtensorMap w_map, x_hi_map, x_lo_map;
+  cudaError_t error = encode_tensor_map(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, args.w, args.n, args.k,
+                                        args.w_stride, kTileN / kClusterM);
+  for (auto [map, part] : {std::pair{&x_hi_map, hi}, std::pair{&x_lo_map, lo}})
+    if (error == cudaSuccess)
+      error = encode_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, part, args.m, padded_k, padded_k,
+                                kTileM / kClusterN);
+  int clusters = 0;
+  if (error == cudaSuccess) error = resident_clusters<kClusterM, kClusterN>(device, &clusters);
+  if (error != cudaSuccess) return error;
+
+  split_x_kernel<<<unsigned(args.m), kSplitThreads, 0, stream>>>(args.x, args.x_stride, hi, lo, inverse_scale, args.k,
+                                                                 padded_k);
+  clusters = std::min(clusters, TileScheduler<kClusterM, kClusterN>(args.m, args.n).count());
+  cudaLaunchConfig_t config = {};
+  config.gridDim = unsigned(clusters) * kClusterM * kClusterN;
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = kSharedBytes;
+  config.stream = stream;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {kClusterM * kClusterN, 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;  // start while split_x_kernel runs out
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  error = cudaLaunchKernelEx(&config, linear_kernel<kClusterM, kClusterN>, w_map, x_hi_map, x_lo_map, args);
+  return error != cudaSuccess ? error : cudaGetLastError();
+}
+
+}  // namespace fp16x3
 
 // ---------------------------------------------------------------------------- bindings (called through ctypes)
 
@@ -223,13 +880,17 @@ struct DeviceGuard {
 };
 
 // Calls launch<T>(...) for the dtype; an unknown dtype is cudaErrorInvalidValue.
-#define DISPATCH_DTYPE(dtype, launch, ...)                                \
-  switch (static_cast<DType>(dtype)) {                                    \
-    case DType::kFloat32: return launch<float>(__VA_ARGS__);              \
-    case DType::kFloat16: return launch<__half>(__VA_ARGS__);             \
-    case DType::kBFloat16: return launch<__nv_bfloat16>(__VA_ARGS__);     \
-    case DType::kFloat64: return launch<double>(__VA_ARGS__);             \
-  }                                                                       \
+#define DISPATCH_DTYPE(dtype, launch, ...)       \
+  switch (static_cast<DType>(dtype)) {           \
+    case DType::kFloat32:                        \
+      return launch<float>(__VA_ARGS__);         \
+    case DType::kFloat16:                        \
+      return launch<__half>(__VA_ARGS__);        \
+    case DType::kBFloat16:                       \
+      return launch<__nv_bfloat16>(__VA_ARGS__); \
+    case DType::kFloat64:                        \
+      return launch<double>(__VA_ARGS__);        \
+  }                                              \
   return cudaErrorInvalidValue
 
 extern "C" {
@@ -237,7 +898,8 @@ extern "C" {
 const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 // z, out: numel contiguous elements; out may equal z.
-int epilogue_forward(const void* z, void* out, int64_t numel, double scale, int dtype, int device, cudaStream_t stream) {
+int epilogue_forward(const void* z, void* out, int64_t numel, double scale, int dtype, int device,
+                     cudaStream_t stream) {
   const DeviceGuard guard(device);
   if (guard.error != cudaSuccess) return guard.error;
   DISPATCH_DTYPE(dtype, launch_epilogue_forward, z, out, numel, scale, stream);
@@ -250,6 +912,29 @@ int epilogue_backward(const void* grad, const void* z, void* dz, void* partial_s
   const DeviceGuard guard(device);
   if (guard.error != cudaSuccess) return guard.error;
   DISPATCH_DTYPE(dtype, launch_epilogue_backward, grad, z, dz, partial_sums, dbias, rows, cols, strips, scale, stream);
+}
+
+// Float32, compute capability 9.0. x [m, k] and w [n, k] with unit stride along k; k, both row strides and both
+// pointers in multiples of 16 bytes; bias [n]; out [m, n] contiguous. m, n, k >= 1. scratch: linear_fp16x3_scratch
+// bytes, 128-byte aligned.
+int64_t linear_fp16x3_scratch(int64_t m, int64_t k) {
+  const int64_t padded_k = (k + 63) / 64 * 64;
+  return 2 * m * padded_k * 2 + m * 4;
+}
+int linear_fp16x3(const float* x, const float* w, const float* bias, float* out, void* scratch, int64_t x_stride,
+                  int64_t w_stride, int64_t m, int64_t n, int64_t k, double scale, int device, cudaStream_t stream) {
+  const DeviceGuard guard(device);
+  if (guard.error != cudaSuccess) return guard.error;
+  const int64_t padded_k = (k + 63) / 64 * 64;
+  __half* hi = static_cast<__half*>(scratch);
+  __half* lo = hi + m * padded_k;
+  float* inverse_scale = reinterpret_cast<float*>(lo + m * padded_k);
+  const fp16x3::Arguments args = {x,        w,      inverse_scale, bias,   out,         x_stride,
+                                  w_stride, int(m), int(n),        int(k), float(scale)};
+  // Blocks in pairs. Those that share W's tile do a little better, but then a last, odd tile of m would be computed
+  // twice.
+  const auto launch = (m + fp16x3::kTileM - 1) / fp16x3::kTileM % 2 == 0 ? fp16x3::launch<2, 1> : fp16x3::launch<1, 2>;
+  return launch(args, hi, lo, inverse_scale, int(padded_k), device, stream);
 }
 
 }  // extern "C"

@@ -1,0 +1,504 @@
+"""Times the layer beside its rivals, checks its accuracy beside SGEMM's, and measures its epilogue and its host cost.
+
+    python bench/reference.py                         everything, on the reference shape
+    python bench/reference.py --sections time,host    some of it
+    python bench/reference.py --help
+
+Needs a CUDA device. What is compared is timed in one run, in turns. Writes bench/results/<gpu>.json: a list of rows.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from torch import nn
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    sys.exit("bench/reference.py needs triton, a rival here; PyTorch's CUDA builds for Linux bring it")
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import model_new
+from model_new import Model, ModelNew, errors_against_float64, linear_sigmoid_residual, select_kernel
+
+SCALE = model_new.scaling_factor
+WARM_UP_SECONDS = 1.0  # of the timed work itself, so that clocks and power have settled
+HOST_SHAPE = 8, 32, 16  # M, K, N: kernels shorter than their launches
+HOST_BLOCK = 50  # calls between two synchronizations: with backward under 1000 launches, which the queue holds
+
+
+# ------------------------------------------------------------------------- the rival: Triton, three TF32 products
+
+
+def _config(tile_m, tile_n, tile_k, warps, stages):
+    tiles = {"tile_m": tile_m, "tile_n": tile_n, "tile_k": tile_k, "group_m": 8}
+    return triton.Config(tiles, num_warps=warps, num_stages=stages)
+
+
+@triton.autotune(
+    [
+        _config(128, 128, 32, warps=8, stages=4),
+        _config(128, 128, 64, warps=8, stages=3),
+        _config(64, 128, 32, warps=4, stages=3),
+        _config(128, 256, 32, warps=8, stages=3),  # spills some registers; as wide as the accumulators allow
+    ],
+    key=["rows", "k", "n"],
+)
+@triton.jit
+def triton_layer_kernel(
+    x_ptr, w_ptr, bias_ptr, out_ptr, rows, k, n, scale,
+    tile_m: tl.constexpr, tile_n: tl.constexpr, tile_k: tl.constexpr, group_m: tl.constexpr,
+):  # fmt: skip
+    # Tiles run in groups of group_m rows of tiles, column by column: neighbours in time share x and W in L2.
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(rows, tile_m)
+    tiles_per_group = group_m * tl.cdiv(n, tile_n)
+    first_m = pid // tiles_per_group * group_m
+    group_size = min(tiles_m - first_m, group_m)
+    m = (first_m + pid % tiles_per_group % group_size) * tile_m + tl.arange(0, tile_m)
+    col = (pid % tiles_per_group // group_size) * tile_n + tl.arange(0, tile_n)
+    at_k = tl.arange(0, tile_k)
+    # Rows past the edge wrap around instead of being masked: what they compute is never stored.
+    x_tile = x_ptr + (m % rows).to(tl.int64)[:, None] * k + at_k[None, :]
+    w_tile = w_ptr + (col % n).to(tl.int64)[None, :] * k + at_k[:, None]
+    z = tl.zeros((tile_m, tile_n), dtype=tl.float32)
+    for start in range(0, k, tile_k):
+        a = tl.load(x_tile, mask=at_k[None, :] < k - start, other=0.0)
+        b = tl.load(w_tile, mask=at_k[:, None] < k - start, other=0.0)
+        z = tl.dot(a, b, z, input_precision="tf32x3")
+        x_tile += tile_k
+        w_tile += tile_k
+    z += tl.load(bias_ptr + col, mask=col < n, other=0.0)[None, :]
+    out = z + scale * tl.sigmoid(z)
+    inside = (m[:, None] < rows) & (col[None, :] < n)
+    tl.store(out_ptr + m.to(tl.int64)[:, None] * n + col[None, :], out, mask=inside)
+
+
+def triton_layer(x, weight, bias, scale):
+    """The layer for contiguous float32 x [M, K], weight [N, K], bias [N]."""
+    (rows, k), n = x.shape, weight.shape[0]
+    out = x.new_empty(rows, n)
+    triton_layer_kernel[lambda tile: (triton.cdiv(rows, tile["tile_m"]) * triton.cdiv(n, tile["tile_n"]),)](
+        x, weight, bias, out, rows, k, n, scale
+    )
+    return out
+
+
+# ------------------------------------------------------------------------------------------------- measuring
+
+
+def times_in_turns(functions, repeats):
+    """{name: (median, p10, p90) in ms} of a dict of functions: CUDA events, in turns, L2 overwritten before each."""
+    l2_bytes = torch.cuda.get_device_properties().L2_cache_size
+    flush = torch.empty(4 * l2_bytes, dtype=torch.int8, device="cuda")
+
+    def turn():
+        events = {}
+        for name, function in functions.items():
+            flush.zero_()  # also hides the launches that follow: the GPU is busy while the host issues them
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            function()
+            end.record()
+            events[name] = start, end
+        torch.cuda.synchronize()
+        return {name: start.elapsed_time(end) for name, (start, end) in events.items()}
+
+    deadline = time.perf_counter() + WARM_UP_SECONDS
+    while time.perf_counter() < deadline:
+        turn()
+    turns = [turn() for _ in range(repeats)]
+    return {name: spread([times[name] for times in turns]) for name in functions}
+
+
+def spread(values):
+    """(median, p10, p90)"""
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return statistics.median(values), deciles[0], deciles[8]
+
+
+def scratch_megabytes(function):
+    """What a call holds at its peak, in PyTorch's allocator, beyond the tensor it returns."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = function()
+    return max(0, torch.cuda.max_memory_allocated() - before - out.nbytes) / 1e6
+
+
+def row(arguments, section, name, shape, **values):
+    """One object of the JSON file. Every row has these keys; what does not apply is null."""
+    keys = ["kernel", "ms", "p10", "p90", "speedup", "ratio_to_fp16", "error_frobenius", "error_componentwise"]
+    return {
+        "section": section,
+        "name": name,
+        "precision": arguments.precision,
+        "dtype": "float32",
+        "shape": list(shape),
+        **dict.fromkeys(keys),
+        **values,
+        "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name(),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- time
+
+YARDSTICK = "cuBLAS fp16, float32 output"
+BARE_GEMMS = {"cuBLAS SGEMM", YARDSTICK}
+
+
+def library_forward(x, weight, bias, scale):
+    """The project's library path, also where it has a faster kernel."""
+    return model_new._library_cuda(x, weight, bias, scale)
+
+
+def time_section(arguments):
+    """The layer and its rivals; * marks bare GEMMs, whose error is that of x·Wᵀ alone."""
+    rows, k, n = arguments.shape
+    models = []
+    for kind in (Model, ModelNew):
+        torch.manual_seed(0)
+        models.append(kind(k, n, SCALE).cuda())
+    eager, new = models
+    weight, bias = new.gemm.weight, new.gemm.bias
+    x = torch.rand(rows, k, device="cuda")
+    x_half, weight_half, product = x.half(), weight.half(), x.new_empty(rows, n)
+    compiled = torch.compile(eager)
+    kernel = select_kernel(x, weight, bias)
+    candidates = {
+        "eager": lambda: eager(x),
+        "torch.compile": lambda: compiled(x),
+        "library + epilogue": lambda: library_forward(x, weight, bias, SCALE),
+        "Triton tf32x3, fused epilogue": lambda: triton_layer(x, weight, bias, SCALE),
+        "ModelNew": lambda: new(x),
+        "cuBLAS SGEMM": lambda: torch.mm(x, weight.t(), out=product),
+        YARDSTICK: lambda: torch.mm(x_half, weight_half.t(), out_dtype=torch.float32),
+    }
+    functions, errors, scratch = {}, {}, {}
+    no_bias = torch.zeros_like(bias)
+    for name, function in candidates.items():
+        try:
+            out = function()
+        except Exception as error:  # a rival that fails here must not take the other rows with it
+            if name in ("eager", "ModelNew"):
+                raise
+            print(f"{name}: not run, {' '.join(repr(error).split())[:200]}")
+            continue
+        functions[name] = function
+        layer = (no_bias, 0.0) if name in BARE_GEMMS else (bias, SCALE)
+        errors |= errors_against_float64({name: out}, x, weight, *layer)
+        del out
+        scratch[name] = scratch_megabytes(function)
+    times = times_in_turns(functions, arguments.repeats)
+    yardstick = times.get(YARDSTICK, (float("nan"),))[0]
+
+    print(f"{'':31}{'ms':>8}{'p10':>8}{'p90':>8}{'speedup':>9}{'/fp16':>7}{'error':>9}{'compon.':>9}{'scratch':>9}")
+    results = []
+    for name, (ms, p10, p90) in times.items():
+        speedup, ratio = times["eager"][0] / ms, ms / yardstick
+        label = f"{name} ({kernel})" if name == "ModelNew" else name + " *" * (name in BARE_GEMMS)
+        print(
+            f"{label:31}{ms:8.4f}{p10:8.4f}{p90:8.4f}{speedup:8.2f}x{ratio:7.2f}{errors[name][0]:9.1e}"
+            f"{errors[name][1]:9.1e}{scratch[name]:6.1f} MB"
+        )
+        values = {"ms": ms, "p10": p10, "p90": p90, "speedup": speedup, "ratio_to_fp16": ratio if ratio > 0 else None}
+        values |= {"error_frobenius": errors[name][0], "error_componentwise": errors[name][1]}
+        values |= {"error_of": "product" if name in BARE_GEMMS else "out", "scratch_megabytes": scratch[name]}
+        values["kernel"] = kernel if name == "ModelNew" else None
+        results.append(row(arguments, "time", name, arguments.shape, **values))
+    print("error: Frobenius; compon.: max |err|/(|x|·|W|ᵀ+|b|+s); both against float64")
+    if "Triton tf32x3, fused epilogue" in times:
+        best = triton_layer_kernel.best_config
+        tiles = "x".join(str(best.kwargs[key]) for key in ("tile_m", "tile_n", "tile_k"))
+        print(f"Triton chose tiles of {tiles}, {best.num_warps} warps, {best.num_stages} stages")
+    return results, True
+
+
+# --------------------------------------------------------------------------------------------------- accuracy
+
+
+def data_sets(rows, k, n, device):
+    """Yields (name, x [rows, k], w [n, k]): ordinary data, then data made to break a scaled 16-bit splitting.
+
+    Everywhere |x|·|w|ᵀ > 0 and every product and sum is finite in float32.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device=device)
+
+    def uniform(*shape, low=0.0, high=1.0):
+        return torch.rand(shape, generator=generator, device=device) * (high - low) + low
+
+    def columns(count):
+        return torch.randperm(k, generator=generator, device=device)[:count]
+
+    def one_of(choices, height):
+        """[height, 1]: one of the given columns for each row."""
+        return choices[torch.randint(len(choices), (height, 1), generator=generator, device=device)]
+
+    def linear_init():
+        return uniform(n, k, low=-(k**-0.5), high=k**-0.5)
+
+    def outlier_in_x(value, weight_there):
+        x, w, special = uniform(rows, k), linear_init(), columns(8)
+        x.scatter_(1, one_of(special, rows), value)
+        w[:, special] = weight_there
+        return x, w
+
+    def cancelling(difference):
+        a, b = normal(rows, k // 2), normal(n, k // 2)
+        x = torch.cat([a, a + difference * normal(*a.shape)], 1)
+        w = torch.cat([b, -b - difference * normal(*b.shape)], 1)
+        return nn.functional.pad(x, (0, k % 2)), nn.functional.pad(w, (0, k % 2))
+
+    yield "uniform x, Linear's init", uniform(rows, k), linear_init()
+    yield "normal, normal", normal(rows, k), normal(n, k)
+    x = normal(rows, k)
+    x[:, columns(8)] *= 1000
+    yield "normal, 8 columns of x ×1000", x, normal(n, k)
+    wide = [normal(*shape) * 10 ** uniform(*shape, low=-6, high=6) for shape in ((rows, k), (n, k))]
+    yield "normal·10^U(-6,6), both", *wide
+    yield "cancelling halves (1e-4)", *cancelling(1e-4)
+    yield "cancelling halves (1e-6)", *cancelling(1e-6)
+    yield "normal·1e-18, both", normal(rows, k) * 1e-18, normal(n, k) * 1e-18
+    yield "normal·1e15, both", normal(rows, k) * 1e15, normal(n, k) * 1e15
+    yield "normal·1e-18, normal·1e15", normal(rows, k) * 1e-18, normal(n, k) * 1e15
+    yield "one 3e4 per x row, w 1e-7 there", *outlier_in_x(3e4, 1e-7)
+
+    yield "one 1e8 per x row, w 0 there", *outlier_in_x(1e8, 0.0)
+    yield "one 1e8 per x row, w 1e-10 there", *outlier_in_x(1e8, 1e-10)
+    yield "one 1e20 per x row, w 0 there", *outlier_in_x(1e20, 0.0)
+    x, w, special = normal(rows, k), normal(n, k), columns(8)
+    w.scatter_(1, one_of(special, n), 1e6)
+    x[:, special] = 0
+    yield "one 1e6 per w row, x 0 there", x, w
+    heavy = [normal(*shape) * (3 * normal(*shape)).exp() for shape in ((rows, k), (n, k))]
+    yield "log-normal, σ = 3, both", *heavy
+    scales = 10 ** uniform(rows, 1, low=-15, high=15), 10 ** uniform(n, 1, low=-15, high=15)
+    yield "rows ·10^U(-15,15), both", normal(rows, k) * scales[0], normal(n, k) * scales[1]
+    grade = torch.exp2(-40 * torch.arange(k, device=device) / k)
+    yield "columns 2^0..2^-40, w inverse", normal(rows, k) * grade, normal(n, k) / grade
+    grade = torch.exp2(-(torch.arange(k, device=device) % 32).float())
+    yield "columns 2^-(k mod 32), w inverse", normal(rows, k) * grade, normal(n, k) / grade
+    one = torch.zeros(rows, k, device=device).scatter_(1, one_of(columns(k), rows), 1.0)
+    yield "one nonzero per x row", one * normal(rows, 1), normal(n, k)
+    x = torch.zeros(rows, k, device=device)
+    special = columns(8)
+    x[:, special] = normal(rows, len(special))
+    yield "8 nonzero columns of x", x, normal(n, k)
+    yield "all positive", uniform(rows, k), uniform(n, k)
+    # fp16 rounds 1 + 2^-11 - ε down to 1: every low part is as large as can be, and positive.
+    low_parts = [1 + 2**-11 * (1 - 0.01 * uniform(*shape)) for shape in ((rows, k), (n, k))]
+    yield "largest low parts", *low_parts
+    yield "denormal x (1e-40), w ·1e3", normal(rows, k) * 1e-40, normal(n, k) * 1e3
+
+
+def repeats_exactly(function):
+    """Whether two calls agree in every bit, the second one with NaN in the memory it is likely to be given."""
+    first = function()
+    poison = [torch.full_like(first, float("nan")) for _ in range(4)]
+    del poison
+    return torch.equal(first.view(torch.int32), function().view(torch.int32))
+
+
+def accuracy_section(arguments):
+    """z of ModelNew's operator and of the library, against float64; !! where ours is worse."""
+    rows, k, n = arguments.accuracy_shape
+    no_bias = torch.zeros(n, device="cuda")
+    print(f"{'':34}{'Frobenius':>10}{'library':>10}{'ratio':>7}{'':4}{'compon.':>9}{'library':>10}{'ratio':>7}")
+    results, kernels, all_exact = [], set(), True
+    for name, x, w in data_sets(rows, k, n, "cuda"):
+
+        def ours(x=x, w=w):
+            return linear_sigmoid_residual(x, w, no_bias, 0.0)
+
+        outputs = {"ours": ours(), "library": nn.functional.linear(x, w, no_bias)}
+        errors = errors_against_float64(outputs, x, w, no_bias, 0.0)
+        exact = repeats_exactly(ours)
+        columns = ""
+        for mine, theirs in zip(errors["ours"], errors["library"], strict=True):
+            ratio = mine / theirs if theirs else float("inf") if mine else 1.0
+            mark = "  " if mine <= theirs else "!!"  # NaN is worse
+            columns += f"{mine:10.2e}{theirs:10.2e}{ratio:7.2f} {mark} "
+        print(f"{name:34}{columns}{'' if exact else 'DIFFERS FROM RUN TO RUN'}".rstrip())
+        kernels.add(select_kernel(x, w, no_bias))
+        all_exact &= exact
+        values = {"kernel": select_kernel(x, w, no_bias), "bit_identical": exact}
+        for prefix, key in (("", "ours"), ("library_", "library")):
+            values[prefix + "error_frobenius"], values[prefix + "error_componentwise"] = errors[key]
+        results.append(row(arguments, "accuracy", name, arguments.accuracy_shape, **values))
+    repeated = "bit-identical" if all_exact else "NOT IDENTICAL"
+    print(f"ours: {', '.join(sorted(kernels))}; every call repeated: {repeated}")
+    return results, all_exact
+
+
+# --------------------------------------------------------------------------------------------------- epilogue
+
+
+def epilogue_section(arguments):
+    """The epilogue kernels of kernels.cu as bandwidth, beside plain device copies."""
+    rows, _, n = arguments.shape
+    big_rows = 2**31 // (4 * n)
+    z, big = torch.randn(rows, n, device="cuda"), torch.randn(big_rows, n, device="cuda")
+    out, big_out, grad = torch.empty_like(z), torch.empty_like(big), torch.randn_like(z)
+
+    def forward(source, target):
+        model_new._epilogue_cuda(source, target, SCALE)
+
+    small_copy, big_copy = f"copy, {z.nbytes / 1e6:.1f} MB", f"copy, {big.nbytes / 1e9:.2f} GB"
+    functions = {  # name: (bytes read and written, function)
+        big_copy: (2 * big.nbytes, lambda: big_out.copy_(big)),
+        "forward, in place, as large": (2 * big.nbytes, lambda: forward(big, big)),
+        small_copy: (2 * z.nbytes, lambda: out.copy_(z)),
+        "forward, in place": (2 * z.nbytes, lambda: forward(z, z)),
+        "forward, keeping z": (2 * z.nbytes, lambda: forward(z, out)),
+        "backward (dz, bias gradient)": (
+            3 * z.nbytes,
+            lambda: torch.ops.linear_sigmoid_residual.backward_z(grad, z, SCALE),
+        ),
+    }
+    times = times_in_turns({name: function for name, (_, function) in functions.items()}, arguments.repeats)
+    rates = {name: functions[name][0] / ms / 1e6 for name, (ms, _, _) in times.items()}
+    print(f"{'':31}{'ms':>8}{'p10':>8}{'p90':>8}{'GB/s':>8}{'of copy':>9}{'of big copy':>13}")
+    results = []
+    for name, (ms, p10, p90) in times.items():
+        same_size = big_copy if functions[name][0] == 2 * big.nbytes else small_copy
+        of_copy, of_big_copy = rates[name] / rates[same_size], rates[name] / rates[big_copy]
+        print(f"{name:31}{ms:8.4f}{p10:8.4f}{p90:8.4f}{rates[name]:8.0f}{of_copy:9.1%}{of_big_copy:13.1%}")
+        shape = big.shape if same_size == big_copy else z.shape
+        values = {"gb_per_s": rates[name], "of_copy": of_copy, "of_big_copy": of_big_copy}
+        results.append(row(arguments, "epilogue", name, shape, ms=ms, p10=p10, p90=p90, **values))
+    return results, True
+
+
+# ------------------------------------------------------------------------------------------------------- host
+
+
+def host_microseconds(functions, calls=2000):
+    """{name: (median, p10, p90)} of the host's microseconds per call, blocks of calls in turns."""
+    for function in functions.values():
+        for _ in range(calls // 10):
+            function()
+    samples = {name: [] for name in functions}
+    for _ in range(calls // HOST_BLOCK):
+        for name, function in functions.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(HOST_BLOCK):
+                function()
+            samples[name].append((time.perf_counter() - start) / HOST_BLOCK * 1e6)
+    torch.cuda.synchronize()
+    return {name: spread(values) for name, values in samples.items()}
+
+
+def host_section(arguments):
+    """What a call costs the host, on tensors so small that the GPU is always waiting."""
+    rows, k, n = HOST_SHAPE
+    x, grad = torch.rand(rows, k, device="cuda"), torch.rand(rows, n, device="cuda")
+    eager, new = Model(k, n, SCALE).cuda(), ModelNew(k, n, SCALE).cuda()
+    models = {"eager": eager, "ModelNew": new}
+
+    def forward(model):
+        return lambda: model(x)
+
+    def forward_backward(model):
+        parameters = tuple(model.parameters())
+        return lambda: torch.autograd.grad(model(x), parameters, grad)
+
+    kernel = select_kernel(x, new.gemm.weight, new.gemm.bias)
+    print(f"x {[rows, k]}, W {[n, k]}, kernel: {kernel}")
+    print(f"{'host µs per call':31}{'eager':>9}{'ModelNew':>9}{'ratio':>7}")
+    results = []
+    for what, with_grad, make in (
+        ("forward, grad off", False, forward),
+        ("forward, grad on", True, forward),
+        ("forward + backward", True, forward_backward),
+    ):
+        with torch.set_grad_enabled(with_grad):
+            costs = host_microseconds({name: make(model) for name, model in models.items()})
+        for name, (median, p10, p90) in costs.items():
+            values = {"ms": median / 1e3, "p10": p10 / 1e3, "p90": p90 / 1e3, "speedup": costs["eager"][0] / median}
+            values["kernel"] = kernel if name == "ModelNew" else None
+            results.append(row(arguments, "host", f"{name}, {what}", HOST_SHAPE, **values))
+        old, new_cost = costs["eager"][0], costs["ModelNew"][0]
+        print(f"{what:31}{old:9.1f}{new_cost:9.1f}{new_cost / old:7.2f}")
+    return results, True
+
+
+# ----------------------------------------------------------------------------------------- the command line
+
+SECTIONS = {"time": time_section, "accuracy": accuracy_section, "epilogue": epilogue_section, "host": host_section}
+
+
+def _shape(text):
+    if not re.fullmatch(r"0*[1-9]\d*(,0*[1-9]\d*){2}", text):
+        raise argparse.ArgumentTypeError(f"expected three positive numbers M,K,N, got {text!r}")
+    return tuple(map(int, text.split(",")))
+
+
+def _sections(text):
+    names = text.split(",")
+    if not set(names) <= set(SECTIONS):
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(SECTIONS)}, got {text!r}")
+    return names
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(prog="bench/reference.py", description=__doc__.splitlines()[0])
+    shape = f"{model_new.batch_size},{model_new.input_size},{model_new.hidden_size}"
+    option = parser.add_argument
+    option("--shape", type=_shape, default=shape, metavar="M,K,N", help="default %(default)s")
+    option("--accuracy-shape", type=_shape, metavar="M,K,N", help="of the accuracy section; default: --shape")
+    option("--precision", choices=("highest", "high", "medium"), default="highest", help="default %(default)s")
+    option("--sections", type=_sections, default=",".join(SECTIONS), help="default %(default)s")
+    option("--repeats", type=int, default=60, help="timed calls of each row, at least 2 (default %(default)s)")
+    option("--output", type=Path, help="default bench/results/<gpu>.json, with -high or -medium where asked")
+    arguments = parser.parse_args(argv)
+    arguments.accuracy_shape = arguments.accuracy_shape or arguments.shape
+    return arguments
+
+
+@torch.no_grad()
+def main(argv=None):
+    """Exit status 0, or 1 where a section failed or was not bit-identical from run to run."""
+    arguments = parse_arguments(argv)
+    if not torch.cuda.is_available():
+        sys.exit("bench/reference.py measures GPU kernels, and PyTorch sees no CUDA device here")
+    torch.set_float32_matmul_precision(arguments.precision)
+    gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    suffix = "" if arguments.precision == "highest" else f"-{arguments.precision}"
+    output = arguments.output or Path(__file__).resolve().parent / "results" / f"{gpu}{suffix}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{model_new._environment()}, triton {triton.__version__}")
+    print(f"M,K,N {arguments.shape}, float32, '{arguments.precision}', medians of {arguments.repeats}, L2 flushed")
+    results, status = [], 0
+    for name in arguments.sections:
+        start = time.perf_counter()
+        print(f"\n[{name}] {SECTIONS[name].__doc__}")
+        try:
+            section_results, good = SECTIONS[name](arguments)
+        except Exception:  # the other sections still stand, and so does the file
+            traceback.print_exc(limit=-4)
+            section_results, good = [], False
+        results += section_results
+        status = status if good else 1
+        output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        print(f"({time.perf_counter() - start:.1f} s)", flush=True)
+        torch.cuda.empty_cache()
+    print(f"\nwrote {output.name}: {len(results)} rows")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""Fixtures. `device` runs a test on the CPU and, where there is one, on the CUDA device."""
+
+import pytest
+import torch
+
+import model_new
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def pytest_report_header():
+    cuda = torch.cuda.is_available()
+    return f"device: {torch.cuda.get_device_name()}" if cuda else "device: none; tests that need one are skipped"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
+def device(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_and_settings():
+    """Each test draws the same numbers, alone or after others, and sees and leaves PyTorch's default settings."""
+    torch.manual_seed(0)
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.fixture
+def float32_sums():
+    """By default cuBLAS may add the partial sums of a 16-bit GEMM in 16 bits; the bounds here are for float32 sums."""
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    before = {name: getattr(matmul, name) for name in names}
+    for name in names:
+        setattr(matmul, name, False)
+    yield
+    for name, value in before.items():
+        setattr(matmul, name, value)
+
+
+@pytest.fixture
+def model_pair():
+    """(K, N, scale=2.0, **to) -> Model and ModelNew with the same weights."""
+
+    def make(k, n, scale=2.0, **to):
+        reference, new = model_new.Model(k, n, scale), model_new.ModelNew(k, n, scale)
+        new.load_state_dict(reference.state_dict())
+        return reference.to(**to), new.to(**to)
+
+    return make

@@ -1,0 +1,186 @@
+"""First and second derivatives, and how autograd, forward-mode and torch.func see the operator."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import needs_cuda
+from reference import DTYPES, Layer, assert_within, poison, random_arguments
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model_new import linear_sigmoid_residual
+
+pytestmark = pytest.mark.usefixtures("float32_sums")
+
+
+class Operators(TorchDispatchMode):
+    """Names of our operators that ran."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "linear_sigmoid_residual":
+            self.names.append(function._schema.name.split("::")[1])
+        return function(*args, **(kwargs or {}))
+
+
+def leaves(arguments, which=(True, True, True)):
+    *tensors, scale = arguments
+    return *(t.clone().requires_grad_(wanted) for t, wanted in zip(tensors, which)), scale
+
+
+@pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 5)])
+@pytest.mark.parametrize("scale", [2.0, -0.7])
+def test_first_and_second_derivatives_against_finite_differences(shape, scale, device):
+    arguments = leaves(random_arguments(shape, 3, torch.float64, device, scale))
+    assert torch.autograd.gradcheck(linear_sigmoid_residual, arguments)
+    assert torch.autograd.gradgradcheck(linear_sigmoid_residual, arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape, n", [((1, 1), 1), ((3, 5), 7), ((64, 128), 96), ((257, 130), 67), ((3, 4, 24), 32)])
+def test_gradients_are_the_layers(shape, n, dtype, device):
+    """Within the rounding errors of their own GEMMs and sums; see reference.Layer.gradients."""
+    arguments = leaves(random_arguments(shape, n, dtype, device))
+    out = linear_sigmoid_residual(*arguments)
+    grad = torch.randn_like(out)
+    poison(out.numel() * out.element_size(), device)
+    gradients = torch.autograd.grad(out, arguments[:3], grad)
+    expected = Layer(*arguments).gradients(grad)
+    for name, tensor, gradient, (value, bound) in zip(("x", "weight", "bias"), arguments, gradients, expected):
+        assert gradient.dtype == dtype and gradient.shape == tensor.shape
+        assert_within(gradient, value, bound, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("which", [w for w in itertools.product([True, False], repeat=3) if any(w)])
+def test_only_the_gradients_asked_for(which, device):
+    arguments = random_arguments((6, 5), 4, torch.float32, device)
+    everything = leaves(arguments)
+    linear_sigmoid_residual(*everything).square().sum().backward()
+    some = leaves(arguments, which)
+    linear_sigmoid_residual(*some).square().sum().backward()
+    for wanted, tensor, reference in zip(which, some[:3], everything[:3]):
+        if wanted:
+            assert torch.equal(tensor.grad, reference.grad)
+        else:
+            assert tensor.grad is None
+
+
+def test_matches_eager_module(model_pair, device):
+    reference, new = model_pair(40, 24, device=device)
+    x = torch.randn(7, 40, device=device)
+    for model in (reference, new):
+        model(x).square().sum().backward()
+    for a, b in zip(reference.parameters(), new.parameters()):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-6 * a.grad.abs().max().item())
+
+
+def test_backward_runs_the_fused_operator_once(device):
+    arguments = leaves(random_arguments((6, 5), 4, torch.float32, device))
+    with Operators() as operators:
+        out = linear_sigmoid_residual(*arguments)
+        out.sum().backward()
+    assert operators.names == ["forward_with_z", "backward_z"]
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradient_nothing_is_kept(context, device):
+    arguments = leaves(random_arguments((6, 5), 4, torch.float32, device))
+    with context(), Operators() as operators:
+        out = linear_sigmoid_residual(*arguments)
+    assert operators.names == ["forward"]
+    assert not out.requires_grad and out.is_inference() == (context is torch.inference_mode)
+
+
+def test_parameters_without_gradient_keep_nothing(device):
+    with Operators() as operators:
+        out = linear_sigmoid_residual(*random_arguments((6, 5), 4, torch.float32, device))
+    assert operators.names == ["forward"] and out.grad_fn is None
+
+
+@pytest.mark.parametrize("changed", ["x", "weight"])
+def test_changing_an_argument_before_the_backward_raises_as_eager_does(changed, device):
+    x, weight, bias, scale = leaves(random_arguments((6, 5), 4, torch.float32, device))
+    out = linear_sigmoid_residual(x, weight, bias, scale)
+    with torch.no_grad():
+        (x if changed == "x" else weight).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_changing_the_output_does_not_change_the_gradient(device):
+    """The backward is computed from z, not from out, which is the caller's to change."""
+    arguments = leaves(random_arguments((6, 5), 4, torch.float32, device))
+    plain = torch.autograd.grad(linear_sigmoid_residual(*arguments).sum(), arguments[:3])
+    changed = torch.autograd.grad(linear_sigmoid_residual(*arguments).mul_(1).add_(5).sum(), arguments[:3])
+    for a, b in zip(plain, changed):
+        assert torch.equal(a, b)
+
+
+def test_expanded_gradient(device):
+    """out.sum() hands the backward a gradient with strides of 0."""
+    arguments = leaves(random_arguments((6, 5), 4, torch.float32, device))
+    from_sum = torch.autograd.grad(linear_sigmoid_residual(*arguments).sum(), arguments[:3])
+    out = linear_sigmoid_residual(*arguments)
+    for a, b in zip(from_sum, torch.autograd.grad(out, arguments[:3], torch.ones_like(out))):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_bias_gradient_is_summed_in_float32(dtype, device):
+    """Of dz before its own rounding, and rounded once: all but a few columns, where float32 itself is undecided."""
+    z, grad = torch.randn(2, 3, 1000, dtype=torch.float64).to(dtype).to(device)
+    p = torch.sigmoid(z.float())
+    dz = grad.float() * (1 + 2 * p * (1 - p))
+    result, bias_gradient = torch.ops.linear_sigmoid_residual.backward_z(grad, z, 2.0)
+    assert (result == dz.to(dtype)).float().mean() > 0.98
+    assert (bias_gradient == dz.sum(0).to(dtype)).float().mean() > 0.98
+    assert (bias_gradient == dz.to(dtype).sum(0)).float().mean() < 0.9  # columns do tell the two apart
+
+
+def test_transposed_gradient(device):
+    arguments = leaves(random_arguments((6, 5), 4, torch.float32, device))
+    grad = torch.randn(4, 6, device=device).t()
+    out = linear_sigmoid_residual(*arguments)
+    gradients = torch.autograd.grad(out, arguments[:3], grad, retain_graph=True)
+    for a, b in zip(gradients, torch.autograd.grad(out, arguments[:3], grad.contiguous())):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("transform", ["jvp", "grad", "vmap"])
+def test_torch_func_is_right_or_raises(transform, device):
+    """A derivative that is silently wrong is the one thing that must not happen."""
+    x, weight, bias, scale = random_arguments((6, 5), 4, torch.float64, device)
+    tangent = torch.randn_like(x)
+
+    def ours(x):
+        return linear_sigmoid_residual(x, weight, bias, scale)
+
+    def eager(x):
+        z = torch.nn.functional.linear(x, weight, bias)
+        return z + scale * torch.sigmoid(z)
+
+    def apply(function):
+        if transform == "jvp":
+            return torch.func.jvp(function, (x,), (tangent,))[1]
+        if transform == "grad":
+            return torch.func.grad(lambda x: function(x).square().sum())(x)
+        return torch.func.vmap(function)(x)
+
+    try:
+        result = apply(ours)
+    except (RuntimeError, NotImplementedError):
+        return
+    torch.testing.assert_close(result, apply(eager))
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_is_deterministic(dtype):
+    arguments = leaves(random_arguments((1000, 136), 264, dtype, "cuda"))
+    grad = torch.randn(1000, 264, device="cuda").to(dtype)
+    first, *others = (torch.autograd.grad(linear_sigmoid_residual(*arguments), arguments[:3], grad) for _ in range(4))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other))
