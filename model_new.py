@@ -274,8 +274,8 @@ def select_kernel(x, weight, bias):
     "fp16x3"    kernels.cu's fused kernel: float32 from three fp16 tensor-core products, at SGEMM's accuracy or better.
                 For float32 on a GPU of compute capability 9.0 (H100, H200) while PyTorch asks for full float32 products
                 (torch.set_float32_matmul_precision("highest"), the default), where W's rows are contiguous and in
-                multiples of 16 bytes, as nn.Linear's are when K is a multiple of 4, where K is at least 512 (SGEMM is the
-                more accurate below 256), and where there is enough work.
+                multiples of 16 bytes, as nn.Linear's are when K is a multiple of 4, where K is at least 512 (below 256
+                SGEMM is the more accurate), and where there is enough work.
     "library"   cuBLAS, then kernels.cu's fused epilogue: everything else on a GPU.
     """
     _check(x, weight, bias)
