@@ -371,7 +371,7 @@ constexpr int kThreads = 128 * (1 + kConsumerWarpgroups);
 [[maybe_unused]] constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
 constexpr int kBarrierBytes = 2 * (kWStages + kXStages) * 8;
 constexpr int kSharedBytes = kWStages * kWStageBytes + kXStages * kXStageBytes + kBarrierBytes + 1024;  // + alignment
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 static_assert(128 * (kProducerRegisters + kConsumerWarpgroups * kConsumerRegisters) <= 65536, "the register file");
 static_assert(kSharedBytes <= 232448, "shared memory of a Hopper block");
 
@@ -387,22 +387,26 @@ __device__ __forceinline__ void scale_and_inverse(float largest, float& scale, f
 __device__ __forceinline__ void split2(float a, float b, float scale, uint32_t& hi, uint32_t& lo) {
   a *= scale;
   b *= scale;
-  __half2 h;  // volatile: to stay between the wgmmas it is written between
-  asm volatile("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(*reinterpret_cast<uint32_t*>(&h)) : "f"(b), "f"(a));
+  const __half2 h = __floats2half2_rn(a, b);
   const float2 back = __half22float2(h);
   const __half2 l = __floats2half2_rn(a - back.x, b - back.y);
   hi = *reinterpret_cast<const uint32_t*>(&h);
   lo = *reinterpret_cast<const uint32_t*>(&l);
 }
 
-// ---- x [M, K] float -> hi, lo [M, padded_k] half in the order of k described above, inverse_scale [M]
+// ---- x [M, K] float -> hi, lo [M, padded_k] half in the order of k described above, inverse_scale [M, up to whole
+// tiles]
 constexpr int kSplitThreads = 256;
 
 __global__ void __launch_bounds__(kSplitThreads)
     split_x_kernel(const float* __restrict__ x, int64_t x_stride, __half* __restrict__ hi, __half* __restrict__ lo,
-                   float* __restrict__ inverse_scale, int k, int padded_k) {
+                   float* __restrict__ inverse_scale, int m, int k, int padded_k) {
 #ifdef HAS_SM90A
   griddepcontrol_launch_dependents();
+  if (blockIdx.x >= m) {  // the rest of the last tile
+    if (threadIdx.x == 0) inverse_scale[blockIdx.x] = 0;
+    return;
+  }
   const float* row = x + blockIdx.x * x_stride;
   auto load4 = [&](int at) { return at < k ? *reinterpret_cast<const float4*>(row + at) : float4{0, 0, 0, 0}; };
   auto largest_of = [](float4 v) { return fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))); };
@@ -480,7 +484,7 @@ template <int kClusterM, int kClusterN> struct TileScheduler {
 struct Arguments {
   const float* x;              // [m, k], row stride x_stride
   const float* w;              // [n, k], row stride w_stride
-  const float* inverse_scale;  // [m] of x's rows
+  const float* inverse_scale;  // [m, up to whole tiles] of x's rows
   const float* bias;           // [n]
   float* out;                  // [m, n]
   int64_t x_stride, w_stride;
@@ -501,8 +505,9 @@ struct Fragment {
   uint32_t hi[4], lo[4];
 };
 
-__device__ __forceinline__ void load_step(WBlock& block, int step, uint32_t row_address, uint32_t q, uint32_t swizzle) {
-  const uint32_t address = row_address + (step / 2) * (kTileN * 128) + (((step % 2) * 4 + q) ^ swizzle) * 16;
+// address: of the thread's 16 bytes of step 0 in row r. Under the swizzle those of step 1 differ in one bit.
+__device__ __forceinline__ void load_step(WBlock& block, int step, uint32_t address) {
+  address = (step % 2 ? address ^ 64 : address) + (step / 2) * (kTileN * 128);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float4& v = block.value[step][half];
@@ -539,7 +544,7 @@ __device__ __forceinline__ void split_step(Fragment& fragment, const WBlock& blo
 
 // wgmma's description of a K-major operand with 128-byte swizzle: 8 rows of 128 bytes form 1024 contiguous bytes.
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address) {
-  return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+  return uint64_t(address >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
 #endif  // HAS_SM90A
@@ -627,17 +632,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     // The fragment's row r is W's row 0 4 1 5 2 6 3 7 of eight: the eight lanes that load 16 bytes together then
     // touch all banks under the swizzle, where rows r and r + 1 would collide.
     const int row = (warp - 4) * 16 + r / 2 + (r % 2) * 4;
-    const uint32_t swizzle = row % 8;
+    const uint32_t w_address = w_stages + row * 128 + (q ^ row % 8) * 16;
 
     float partial[64], total[64];  // [16 groups of 8 m][row r, row r + 8][m = 2q, 2q + 1], written [16][4]
     WBlock w = {};                 // being split, while the next one arrives step by step in the same registers
-    Fragment fragments[4];         // one per step
+    Fragment fragments[2];         // one is multiplied while the other is made
     uint32_t w_turn = 0, x_turn = 0;
 
     auto wait_for_w = [&] { mbarrier_wait(w_full + 8 * (w_turn % kWStages), w_turn / kWStages % 2); };
-    auto load_w = [&](int step) {
-      load_step(w, step, w_stages + w_turn % kWStages * kWStageBytes + row * 128, q, swizzle);
-    };
+    auto load_w = [&](int step) { load_step(w, step, w_address + w_turn % kWStages * kWStageBytes); };
     auto release_w = [&] {
       __syncwarp();
       if (lane < kClusterM) mbarrier_arrive_remote(w_empty + 8 * (w_turn % kWStages), rank_n * kClusterM + lane);
@@ -655,13 +658,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       const uint32_t stage = x_turn % kXStages;
       const float inverse[2] = {w.inverse[0], w.inverse[1]};
       mbarrier_wait(x_full + 8 * stage, x_turn / kXStages % 2);
-      const uint64_t x_hi = matrix_descriptor(x_stages + stage * kXStageBytes);
-      const uint64_t x_lo = matrix_descriptor(x_stages + stage * kXStageBytes + kXPartBytes);
+      const uint64_t x_hi = matrix_descriptor(x_stages) + stage * (kXStageBytes / 16), x_lo = x_hi + kXPartBytes / 16;
       if (has_next) wait_for_w();
       bar_sync(my_turn, 256);
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
-        const Fragment& fragment = fragments[step];
+        const Fragment& fragment = fragments[step % 2];
         wgmma_fence();
         // 16 k are 32 bytes, which is 2 in a descriptor.
         wgmma_m64n128k16_f32_f16(partial, fragment.lo, x_hi + 2 * step, step > 0);
@@ -669,13 +671,16 @@ __global__ void __launch_bounds__(kThreads, 1)
         wgmma_m64n128k16_f32_f16(partial, fragment.hi, x_hi + 2 * step, 1);
         wgmma_commit_group();
         if (step == 2) bar_arrive(other_turn, 256);
+        if (step < 3) {
+          if (step > 0) wgmma_wait_group<1>();  // the step before, which read the other fragment, is done
+          split_step(fragments[(step + 1) % 2], w, step + 1);
+        }
         if (has_next) load_w(step);
-        if (step < 3) split_step(fragments[step + 1], w, step + 1);
       }
       if (has_next) {
-        release_w();
         find_scale(w);
-        wgmma_wait_group<3>();  // step 0 has been multiplied
+        release_w();
+        wgmma_wait_group<1>();
         split_step(fragments[0], w, 0);
       }
       wgmma_wait_group<0>();
@@ -707,28 +712,32 @@ __global__ void __launch_bounds__(kThreads, 1)
       };
       const float bias[2] = {n_of(0, r) < args.n ? args.bias[n_of(0, r)] : 0,
                              n_of(2, r) < args.n ? args.bias[n_of(2, r)] : 0};
-      uint64_t not_finite = 0;
+      float check = 0;  // NaN once a product is not finite
+      const float2* inverse_scale = reinterpret_cast<const float2*>(args.inverse_scale + m0) + q;  // of m = 2q, 2q + 1
+      float* out = args.out + int64_t(m_of(0, q)) * args.n + n_of(0, r);
 #pragma unroll
-      for (int group = 0; group < 16; ++group) {
+      for (int group = 0; group < 16; ++group, out += 8 * int64_t(args.n)) {
+        const float2 inverse = inverse_scale[4 * group];
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int m = m_of(4 * group + e, q);
-          const float inverse_scale = m < args.m ? args.inverse_scale[m] : 0;
-          float* out = args.out + int64_t(m) * args.n;
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int i = 4 * group + 2 * half + e, n = n_of(i, r);
-            const float product = total[i] * inverse_scale;
-            const float value = sigmoid_residual(product + bias[half], args.scale);
-            const bool inside = m < args.m && n < args.n, finite = fabsf(product) < INFINITY;
-            if (inside && finite) out[n] = value;
-            if (inside && !finite) not_finite |= uint64_t(1) << i;
-          }
+        for (int i = 4 * group; i < 4 * group + 4; ++i) {
+          const float product = total[i] * (i % 2 ? inverse.y : inverse.x);
+          check = fmaf(product, 0.0f, check);
+          const float value = sigmoid_residual(product + bias[i / 2 % 2], args.scale);
+          if (m_of(i, q) < args.m && n_of(i, r) < args.n) (i % 2 ? out + args.n : out)[i / 2 % 2 * 8] = value;
         }
       }
 
       // A product that is not finite may be so because of the splitting (Inf - Inf in lo, or an overflow of the scaled
       // sum). Such elements are computed again as plain float32 dot products, which is what eager gives.
+      uint64_t not_finite = 0;
+      if (__any_sync(~0u, check != 0)) {
+#pragma unroll
+        for (int i = 0; i < 64; ++i) {
+          const int m = m_of(i, q);
+          const bool inside = m < args.m && n_of(i, r) < args.n;
+          if (inside && !(fabsf(total[i] * args.inverse_scale[m]) < INFINITY)) not_finite |= uint64_t(1) << i;
+        }
+      }
       const unsigned count = __reduce_add_sync(~0u, unsigned(__popcll(not_finite)));
       if (count > 128) {  // many: every thread its own, 16 at a time, so that an operand loaded serves several
 #pragma unroll 1
@@ -829,6 +838,9 @@ template <int kClusterM, int kClusterN> static cudaError_t resident_clusters(int
 template <int kClusterM, int kClusterN>
 static cudaError_t launch(const Arguments& args, __half* hi, __half* lo, float* inverse_scale, int padded_k, int device,
                           cudaStream_t stream) {
+  // First, so that the GPU has work while the host prepares the rest.
+  split_x_kernel<<<unsigned((args.m + kTileM - 1) / kTileM * kTileM), kSplitThreads, 0, stream>>>(
+      args.x, args.x_stride, hi, lo, inverse_scale, args.m, args.k, padded_k);
   CUtensorMap w_map, x_hi_map, x_lo_map;
   cudaError_t error = encode_tensor_map(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, args.w, args.n, args.k,
                                         args.w_stride, kTileN / kClusterM);
@@ -840,8 +852,6 @@ static cudaError_t launch(const Arguments& args, __half* hi, __half* lo, float* 
   if (error == cudaSuccess) error = resident_clusters<kClusterM, kClusterN>(device, &clusters);
   if (error != cudaSuccess) return error;
 
-  split_x_kernel<<<unsigned(args.m), kSplitThreads, 0, stream>>>(args.x, args.x_stride, hi, lo, inverse_scale, args.k,
-                                                                 padded_k);
   clusters = std::min(clusters, TileScheduler<kClusterM, kClusterN>(args.m, args.n).count());
   cudaLaunchConfig_t config = {};
   config.gridDim = unsigned(clusters) * kClusterM * kClusterN;
@@ -919,7 +929,7 @@ int epilogue_backward(const void* grad, const void* z, void* dz, void* partial_s
 // bytes, 128-byte aligned.
 int64_t linear_fp16x3_scratch(int64_t m, int64_t k) {
   const int64_t padded_k = (k + 63) / 64 * 64;
-  return 2 * m * padded_k * 2 + m * 4;
+  return 2 * m * padded_k * 2 + (m + fp16x3::kTileM - 1) / fp16x3::kTileM * fp16x3::kTileM * 4;
 }
 int linear_fp16x3(const float* x, const float* w, const float* bias, float* out, void* scratch, int64_t x_stride,
                   int64_t w_stride, int64_t m, int64_t n, int64_t k, double scale, int device, cudaStream_t stream) {

@@ -364,8 +364,8 @@ def _fp16x3_cuda(x, weight, bias, scale):
     if rows.stride(1) != 1 or rows.stride(0) % 4 or rows.stride(0) < k or rows.data_ptr() % 16:
         rows = rows.clone(memory_format=torch.contiguous_format)
     m = rows.shape[0]
-    out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
-    scratch = torch.empty(_cuda.linear_fp16x3_scratch(m, k), dtype=torch.uint8, device=x.device)  # x, split in two
+    out = x.new_empty((*x.shape[:-1], n))
+    scratch = x.new_empty(_cuda.linear_fp16x3_scratch(m, k) // 4)  # for x, split in two
     pointers = [t.data_ptr() for t in (rows, weight, bias.contiguous(), out, scratch)]
     _launch(_cuda.linear_fp16x3, x.device, *pointers, rows.stride(0), weight.stride(0), m, n, k, scale)
     return out
@@ -606,27 +606,30 @@ def errors_against_float64(outputs, x, weight, bias, scale):
 def median_times(functions, repeats):
     """Median milliseconds of each function of a dict, timed in turns so that all see the same clocks.
 
-    On a GPU: CUDA events, with the L2 cache overwritten before each call. On the CPU: the wall clock.
+    On a GPU: CUDA events, with the L2 cache overwritten before each call, which also keeps the GPU busy while the host
+    prepares it: host time does not count. On the CPU: the wall clock.
     """
     times = {name: [] for name in functions}
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        l2_bytes = torch.cuda.get_device_properties().L2_cache_size
-        flush = torch.empty(4 * l2_bytes, dtype=torch.int8, device="cuda")
-    for repeat in range(repeats + 1):
+        flush = torch.empty(4 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.int8, device="cuda")
+    for _ in range(repeats + 1):
+        events = []
         for name, function in functions.items():
             if on_gpu:
-                flush.random_() if repeat == 0 else flush.zero_()
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
+                flush.zero_()
+                events.append((name, torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+                events[-1][1].record()
                 function()
-                end.record()
-                end.synchronize()
-                times[name].append(start.elapsed_time(end))
+                events[-1][2].record()
             else:
                 start = time.perf_counter()
                 function()
                 times[name].append((time.perf_counter() - start) * 1e3)
+        if on_gpu:
+            torch.cuda.synchronize()
+        for name, start, end in events:
+            times[name].append(start.elapsed_time(end))
     return {name: statistics.median(values[1:]) for name, values in times.items()}  # the first turn warms up
 
 

@@ -1,0 +1,74 @@
+"""bench/tables.py: the tables of README.md and docs/OPTIMIZATIONS.md are those of the results file."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = "bench/results/nvidia-h200.json"
+
+
+def run(root, *options):
+    command = [sys.executable, str(root / "bench/tables.py"), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.skipif(not (ROOT / RESULTS).exists(), reason=f"{RESULTS} has not been measured")
+def test_the_files_hold_the_measured_tables():
+    result = run(ROOT, "--check")
+    assert result.returncode == 0, f"{result.stdout}{result.stderr}run python bench/tables.py"
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/OPTIMIZATIONS.md"))
+    assert "not measured yet" not in text
+
+
+@pytest.fixture
+def copy(tmp_path):
+    for name in ("README.md", "docs/OPTIMIZATIONS.md", "bench/tables.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def row(section, name, **values):
+    common = {"precision": "highest", "dtype": "float32", "shape": [1, 2, 3], "torch": "2", "gpu": "a GPU"}
+    times = {"ms": 0.0123, "p10": 0.5, "p90": 2.0, "speedup": 77.7, "ratio_to_fp16": 1.5, "kernel": None}
+    errors = {"error_frobenius": 1.25e-7, "error_componentwise": float("nan")}
+    return {"section": section, "name": name} | common | times | errors | values
+
+
+def test_writes_what_it_checks_and_nothing_else(copy):
+    accuracy = {"kernel": "fp16x3", "bit_identical": True, "library_error_frobenius": 1e-7}
+    accuracy["library_error_componentwise"] = float("nan")
+    results = [
+        row("time", "eager", error_of="out"),
+        row("time", "ModelNew", error_of="out", kernel="fp16x3"),
+        row("accuracy", "some data", **accuracy),
+        row("epilogue", "forward, in place", gb_per_s=3456.7, of_copy=0.5, of_big_copy=0.25),
+        row("host", "eager, forward"),
+        row("host", "ModelNew, forward"),
+    ]
+    (copy / "results.json").write_text(json.dumps(results))
+    options = ["--results", str(copy / "results.json")]
+    files = copy / "README.md", copy / "docs/OPTIMIZATIONS.md"
+    before = [file.read_text(encoding="utf-8") for file in files]
+    assert run(copy, "--check", *options).returncode == 1
+    assert [file.read_text(encoding="utf-8") for file in files] == before
+    assert run(copy, *options).returncode == 0
+    assert run(copy, "--check", *options).returncode == 0
+    readme, docs = (file.read_text(encoding="utf-8") for file in files)
+    assert "**ModelNew (fp16x3)** | **0.012** | **77.70×**" in readme
+    assert "| some data | **1.2e-7** | 1.0e-7 | – | – |" in docs  # ours is worse, and 0 / 0 is not
+    assert "| forward, in place | 0.0123 | 3457 | 50% | 25% |" in docs
+    assert "| forward | 12 | 12 | 1.00 |" in docs
+    for old, new in zip(before, (readme, docs)):  # outside the markers
+        assert old.partition("<!--")[0] == new.partition("<!--")[0]
+        assert old.rpartition("-->")[2] == new.rpartition("-->")[2]
+
+
+def test_says_so_where_nothing_was_measured(copy):
+    result = run(copy)
+    assert result.returncode == 2 and "bench/reference.py" in result.stderr
