@@ -338,8 +338,8 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 // lo*lo and the rest below lo, is 2^-22 of the product. (Markidis et al. 2018; Ootomo and Yokota 2022.)
 //   Range: the scale puts the largest |a| that shares it into [2^14, 2^15), so that lo keeps all its bits for every
 //     number down to 2^-17 of the largest, and an absolute 2^-40 of the largest below that. x has one scale a row,
-//     W one for every row and block of 64 k: neither outlier rows nor outlier columns of x cost the others bits
-//     unless they are more than 2^17 larger.
+//     W one for every row and block of 64 k. A few entries of a row of x that are far larger than all others (see
+//     Outliers) are multiplied apart, in float32, and do not count.
 //   Accumulation: the tensor core truncates when it adds to its float32 accumulator. So it only ever adds one block
 //     of 64 k to a fresh `partial`; the partial is scaled back (exact) and added to `total` by an ordinary fma.
 //
@@ -394,63 +394,141 @@ __device__ __forceinline__ void split2(float a, float b, float scale, uint32_t& 
   lo = *reinterpret_cast<const uint32_t*>(&l);
 }
 
-// ---- x [M, K] float -> hi, lo [M, padded_k] half in the order of k described above, inverse_scale [M, up to whole
-// tiles]
+// The entries of a row of x that are more than 2^12 times all others, where there are at most kMax of them. They are
+// left out of hi and lo, so that the others keep their bits, and the epilogue adds their products in float32.
+struct Outliers {
+  static constexpr int kMax = 8;
+  int k[kMax];  // ascending; -1: no more
+  float value[kMax];
+};
+
+// What split_x_kernel makes of x [m, k]. One allocation, whose parts are 16-byte aligned.
+struct SplitX {
+  int padded_k;          // k up to whole blocks
+  __half *hi, *lo;       // [m, padded_k], in the order of k described above
+  float* inverse_scale;  // [m up to whole tiles]; negative for a row with outliers
+  Outliers* outliers;    // [m], where inverse_scale is negative
+
+  __host__ __device__ SplitX(void* scratch, int64_t m, int64_t k)
+      : padded_k(int((k + kTileK - 1) / kTileK * kTileK)),
+        hi(static_cast<__half*>(scratch)),
+        lo(hi + m * padded_k),
+        inverse_scale(reinterpret_cast<float*>(lo + m * padded_k)),
+        outliers(reinterpret_cast<Outliers*>(inverse_scale + padded_m(m))) {}
+  __host__ __device__ static int64_t padded_m(int64_t m) { return (m + kTileM - 1) / kTileM * kTileM; }
+  static int64_t bytes(int64_t m, int64_t k) {
+    const SplitX split(nullptr, m, k);
+    return reinterpret_cast<uintptr_t>(split.outliers + m);
+  }
+};
+
 constexpr int kSplitThreads = 256;
 
+// One block for each row of x, and for each row that is missing in the last tile.
 __global__ void __launch_bounds__(kSplitThreads)
-    split_x_kernel(const float* __restrict__ x, int64_t x_stride, __half* __restrict__ hi, __half* __restrict__ lo,
-                   float* __restrict__ inverse_scale, int m, int k, int padded_k) {
+    split_x_kernel(const float* __restrict__ x, int64_t x_stride, const SplitX split, int m, int k) {
 #ifdef HAS_SM90A
   griddepcontrol_launch_dependents();
-  if (blockIdx.x >= m) {  // the rest of the last tile
-    if (threadIdx.x == 0) inverse_scale[blockIdx.x] = 0;
+  if (blockIdx.x >= m) {
+    if (threadIdx.x == 0) split.inverse_scale[blockIdx.x] = 0;
     return;
   }
   const float* row = x + blockIdx.x * x_stride;
   auto load4 = [&](int at) { return at < k ? *reinterpret_cast<const float4*>(row + at) : float4{0, 0, 0, 0}; };
-  auto largest_of = [](float4 v) { return fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))); };
   constexpr int kStride = kSplitThreads * 4;
-  constexpr int kHeld = 8;  // float4 a thread keeps between its two sweeps over the row: all of it up to K = 8192
-
+  constexpr int kHeld = 8;  // float4 a thread keeps between its sweeps over the row: all of it up to K = 8192
   float4 held[kHeld];
-  float largest = 0;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) held[i] = load4(threadIdx.x * 4 + i * kStride);
+  auto for_each = [&](auto body) {  // of this thread's entries
+    auto four = [&](float4 v) { body(v.x), body(v.y), body(v.z), body(v.w); };
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) largest = fmaxf(largest, largest_of(held[i]));
-  for (int at = threadIdx.x * 4 + kHeld * kStride; at < k; at += kStride)
-    largest = fmaxf(largest, largest_of(load4(at)));
+    for (int i = 0; i < kHeld; ++i) four(held[i]);
+    for (int at = threadIdx.x * 4 + kHeld * kStride; at < k; at += kStride) four(load4(at));
+  };
+  // Over the block; of bits of non-negative floats, which are ordered like the floats.
+  __shared__ uint32_t of_warp[2][kSplitThreads / 32];
+  auto reduce_max = [&](float value, uint32_t* buffer) {
+    const uint32_t in_warp = __reduce_max_sync(~0u, __float_as_uint(value));
+    if (threadIdx.x % 32 == 0) buffer[threadIdx.x / 32] = in_warp;
+    __syncthreads();
+    return __uint_as_float(__reduce_max_sync(~0u, buffer[threadIdx.x % (kSplitThreads / 32)]));
+  };
+  __shared__ int outlier_count;
+  __shared__ Outliers found;
+  if (threadIdx.x == 0) outlier_count = 0;
 
-  __shared__ uint32_t warp_largest[kSplitThreads / 32];  // bits of non-negative floats are ordered like the floats
-  const uint32_t in_warp = __reduce_max_sync(~0u, __float_as_uint(largest));
-  if (threadIdx.x % 32 == 0) warp_largest[threadIdx.x / 32] = in_warp;
-  __syncthreads();
-  const uint32_t in_row = __reduce_max_sync(~0u, warp_largest[threadIdx.x % (kSplitThreads / 32)]);
+  float largest = 0;
+  for_each([&](float v) { largest = fmaxf(largest, fabsf(v)); });
+  largest = reduce_max(largest, of_warp[0]);
+  const float limit = largest * 0x1p-12f;  // Inf where an entry is Inf: no outliers then
+  float largest_below = 0;
+  int above = 0;
+  for_each([&](float v) {
+    if (fabsf(v) > limit)
+      ++above;
+    else
+      largest_below = fmaxf(largest_below, fabsf(v));
+  });
+  above = __reduce_add_sync(~0u, above);
+  if (threadIdx.x % 32 == 0 && above > 0) atomicAdd(&outlier_count, above);
+  largest_below = reduce_max(largest_below, of_warp[1]);
+  const bool has_outliers = outlier_count > 0 && outlier_count <= Outliers::kMax;
+  __syncthreads();  // everyone has read the count, which now counts those found
+  if (threadIdx.x == 0) outlier_count = 0;
   float scale, inverse;
-  scale_and_inverse(__uint_as_float(in_row), scale, inverse);
-  if (threadIdx.x == 0) inverse_scale[blockIdx.x] = inverse;
+  scale_and_inverse(has_outliers ? largest_below : largest, scale, inverse);
+  if (has_outliers && largest_below == 0) scale = inverse = 1;  // nothing else to scale: keep the outliers in range
+  if (threadIdx.x == 0) split.inverse_scale[blockIdx.x] = has_outliers ? -inverse : inverse;
+  __syncthreads();
 
   // Thread q of four has k = 4q .. 4q+3 of a group of 16. The fragment's order wants its first two in the group's first
   // half and the others in the second; one exchange with the neighbour makes that 8 contiguous bytes per thread.
   const bool odd = threadIdx.x % 2;
   auto store4 = [&](int at, float4 v) {
+    if (has_outliers) {
+      float* entries = &v.x;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (!(fabsf(entries[e]) > limit)) continue;
+        const int slot = atomicAdd(&outlier_count, 1);
+        found.k[slot] = at + e;
+        found.value[slot] = entries[e];
+        entries[e] = 0;
+      }
+    }
     uint32_t h[2], l[2];
     split2(v.x, v.y, scale, h[0], l[0]);
     split2(v.z, v.w, scale, h[1], l[1]);
     const uint32_t h_other = __shfl_xor_sync(~0u, odd ? h[0] : h[1], 1),
                    l_other = __shfl_xor_sync(~0u, odd ? l[0] : l[1], 1);
     const int q = at / 4 % 4;
-    const int64_t to = blockIdx.x * int64_t(padded_k) + at / 16 * 16 + (odd ? 8 : 0) + q / 2 * 4;
-    if (at >= padded_k) return;
-    *reinterpret_cast<uint2*>(hi + to) = odd ? make_uint2(h_other, h[1]) : make_uint2(h[0], h_other);
-    *reinterpret_cast<uint2*>(lo + to) = odd ? make_uint2(l_other, l[1]) : make_uint2(l[0], l_other);
+    const int64_t to = blockIdx.x * int64_t(split.padded_k) + at / 16 * 16 + (odd ? 8 : 0) + q / 2 * 4;
+    if (at >= split.padded_k) return;
+    *reinterpret_cast<uint2*>(split.hi + to) = odd ? make_uint2(h_other, h[1]) : make_uint2(h[0], h_other);
+    *reinterpret_cast<uint2*>(split.lo + to) = odd ? make_uint2(l_other, l[1]) : make_uint2(l[0], l_other);
   };
 #pragma unroll
   for (int i = 0; i < kHeld; ++i)
-    if (i * kStride < padded_k) store4(threadIdx.x * 4 + i * kStride, held[i]);
-  for (int first = kHeld * kStride; first < padded_k; first += kStride)
+    if (i * kStride < split.padded_k) store4(threadIdx.x * 4 + i * kStride, held[i]);
+  for (int first = kHeld * kStride; first < split.padded_k; first += kStride)
     store4(threadIdx.x * 4 + first, load4(threadIdx.x * 4 + first));
+
+  if (!has_outliers) return;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    // In ascending order of k, whatever the order in which they were found: the result must not depend on it.
+    Outliers& out = split.outliers[blockIdx.x];
+    int last = -1;
+    for (int i = 0; i < Outliers::kMax; ++i) {
+      int next = -1;
+      for (int j = 0; j < outlier_count; ++j)
+        if (found.k[j] > last && (next < 0 || found.k[j] < found.k[next])) next = j;
+      out.k[i] = next < 0 ? -1 : found.k[next];
+      out.value[i] = next < 0 ? 0 : found.value[next];
+      last = next < 0 ? k : found.k[next];
+    }
+  }
 #endif
 }
 
@@ -482,11 +560,11 @@ template <int kClusterM, int kClusterN> struct TileScheduler {
 };
 
 struct Arguments {
-  const float* x;              // [m, k], row stride x_stride
-  const float* w;              // [n, k], row stride w_stride
-  const float* inverse_scale;  // [m, up to whole tiles] of x's rows
-  const float* bias;           // [n]
-  float* out;                  // [m, n]
+  const float* x;     // [m, k], row stride x_stride
+  const float* w;     // [n, k], row stride w_stride
+  const float* bias;  // [n]
+  float* out;         // [m, n]
+  SplitX split;
   int64_t x_stride, w_stride;
   int m, n, k;
   float scale;  // s
@@ -712,15 +790,38 @@ __global__ void __launch_bounds__(kThreads, 1)
       };
       const float bias[2] = {n_of(0, r) < args.n ? args.bias[n_of(0, r)] : 0,
                              n_of(2, r) < args.n ? args.bias[n_of(2, r)] : 0};
+      const float2* inverse_scales =
+          reinterpret_cast<const float2*>(args.split.inverse_scale + m0) + q;  // m = 2q, 2q + 1
+      float lowest = 0;                                                        // negative where a row has outliers
+#pragma unroll
+      for (int group = 0; group < 16; ++group)
+        lowest = fminf(lowest, fminf(inverse_scales[4 * group].x, inverse_scales[4 * group].y));
+      if (__any_sync(~0u, lowest < 0)) {  // adds their products, in the scale of the row's other entries
+        const float* w_rows[2] = {args.w + min(n_of(0, r), args.n - 1) * args.w_stride,
+                                  args.w + min(n_of(2, r), args.n - 1) * args.w_stride};
+#pragma unroll
+        for (int i = 0; i < 64; ++i) {
+          const int m = m_of(i, q);
+          if (i / 2 % 2 || m >= args.m || args.split.inverse_scale[m] >= 0) continue;
+          const Outliers& outliers = args.split.outliers[m];
+          const float scale = -1 / args.split.inverse_scale[m];
+#pragma unroll 1
+          for (int j = 0; j < Outliers::kMax && outliers.k[j] >= 0; ++j) {
+            const float value = outliers.value[j] * scale;
+            total[i] = fmaf(value, w_rows[0][outliers.k[j]], total[i]);
+            total[i + 2] = fmaf(value, w_rows[1][outliers.k[j]], total[i + 2]);
+          }
+        }
+      }
+
       float check = 0;  // NaN once a product is not finite
-      const float2* inverse_scale = reinterpret_cast<const float2*>(args.inverse_scale + m0) + q;  // of m = 2q, 2q + 1
       float* out = args.out + int64_t(m_of(0, q)) * args.n + n_of(0, r);
 #pragma unroll
       for (int group = 0; group < 16; ++group, out += 8 * int64_t(args.n)) {
-        const float2 inverse = inverse_scale[4 * group];
+        const float2 inverse = inverse_scales[4 * group];
 #pragma unroll
         for (int i = 4 * group; i < 4 * group + 4; ++i) {
-          const float product = total[i] * (i % 2 ? inverse.y : inverse.x);
+          const float product = total[i] * fabsf(i % 2 ? inverse.y : inverse.x);
           check = fmaf(product, 0.0f, check);
           const float value = sigmoid_residual(product + bias[i / 2 % 2], args.scale);
           if (m_of(i, q) < args.m && n_of(i, r) < args.n) (i % 2 ? out + args.n : out)[i / 2 % 2 * 8] = value;
@@ -735,7 +836,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int i = 0; i < 64; ++i) {
           const int m = m_of(i, q);
           const bool inside = m < args.m && n_of(i, r) < args.n;
-          if (inside && !(fabsf(total[i] * args.inverse_scale[m]) < INFINITY)) not_finite |= uint64_t(1) << i;
+          if (inside && !(fabsf(total[i] * args.split.inverse_scale[m]) < INFINITY)) not_finite |= uint64_t(1) << i;
         }
       }
       const unsigned count = __reduce_add_sync(~0u, unsigned(__popcll(not_finite)));
@@ -836,17 +937,17 @@ template <int kClusterM, int kClusterN> static cudaError_t resident_clusters(int
 }
 
 template <int kClusterM, int kClusterN>
-static cudaError_t launch(const Arguments& args, __half* hi, __half* lo, float* inverse_scale, int padded_k, int device,
-                          cudaStream_t stream) {
+static cudaError_t launch(const Arguments& args, int device, cudaStream_t stream) {
   // First, so that the GPU has work while the host prepares the rest.
-  split_x_kernel<<<unsigned((args.m + kTileM - 1) / kTileM * kTileM), kSplitThreads, 0, stream>>>(
-      args.x, args.x_stride, hi, lo, inverse_scale, args.m, args.k, padded_k);
+  const SplitX& split = args.split;
+  split_x_kernel<<<unsigned(SplitX::padded_m(args.m)), kSplitThreads, 0, stream>>>(args.x, args.x_stride, split, args.m,
+                                                                                   args.k);
   CUtensorMap w_map, x_hi_map, x_lo_map;
   cudaError_t error = encode_tensor_map(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, args.w, args.n, args.k,
                                         args.w_stride, kTileN / kClusterM);
-  for (auto [map, part] : {std::pair{&x_hi_map, hi}, std::pair{&x_lo_map, lo}})
+  for (auto [map, part] : {std::pair{&x_hi_map, split.hi}, std::pair{&x_lo_map, split.lo}})
     if (error == cudaSuccess)
-      error = encode_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, part, args.m, padded_k, padded_k,
+      error = encode_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, part, args.m, split.padded_k, split.padded_k,
                                 kTileM / kClusterN);
   int clusters = 0;
   if (error == cudaSuccess) error = resident_clusters<kClusterM, kClusterN>(device, &clusters);
@@ -927,24 +1028,18 @@ int epilogue_backward(const void* grad, const void* z, void* dz, void* partial_s
 // Float32, compute capability 9.0. x [m, k] and w [n, k] with unit stride along k; k, both row strides and both
 // pointers in multiples of 16 bytes; bias [n]; out [m, n] contiguous. m, n, k >= 1. scratch: linear_fp16x3_scratch
 // bytes, 128-byte aligned.
-int64_t linear_fp16x3_scratch(int64_t m, int64_t k) {
-  const int64_t padded_k = (k + 63) / 64 * 64;
-  return 2 * m * padded_k * 2 + (m + fp16x3::kTileM - 1) / fp16x3::kTileM * fp16x3::kTileM * 4;
-}
+int64_t linear_fp16x3_scratch(int64_t m, int64_t k) { return fp16x3::SplitX::bytes(m, k); }
 int linear_fp16x3(const float* x, const float* w, const float* bias, float* out, void* scratch, int64_t x_stride,
                   int64_t w_stride, int64_t m, int64_t n, int64_t k, double scale, int device, cudaStream_t stream) {
   const DeviceGuard guard(device);
   if (guard.error != cudaSuccess) return guard.error;
-  const int64_t padded_k = (k + 63) / 64 * 64;
-  __half* hi = static_cast<__half*>(scratch);
-  __half* lo = hi + m * padded_k;
-  float* inverse_scale = reinterpret_cast<float*>(lo + m * padded_k);
-  const fp16x3::Arguments args = {x,        w,      inverse_scale, bias,   out,         x_stride,
-                                  w_stride, int(m), int(n),        int(k), float(scale)};
+  const fp16x3::Arguments args = {
+      x, w, bias, out, fp16x3::SplitX(scratch, m, k), x_stride, w_stride, int(m), int(n), int(k), float(scale)};
   // Blocks in pairs. Those that share W's tile do a little better, but then a last, odd tile of m would be computed
   // twice.
-  const auto launch = (m + fp16x3::kTileM - 1) / fp16x3::kTileM % 2 == 0 ? fp16x3::launch<2, 1> : fp16x3::launch<1, 2>;
-  return launch(args, hi, lo, inverse_scale, int(padded_k), device, stream);
+  const bool even = (m + fp16x3::kTileM - 1) / fp16x3::kTileM % 2 == 0;
+  const auto launch = even ? fp16x3::launch<2, 1> : fp16x3::launch<1, 2>;
+  return launch(args, device, stream);
 }
 
 }  // extern "C"

@@ -221,6 +221,27 @@ def _large_where_w_is_tiny(m, n, k):
     return x, weight
 
 
+def _places(m, k, count):
+    """`count` different columns for each of m rows."""
+    return torch.stack([torch.randperm(k, device="cuda")[:count] for _ in range(m)])
+
+
+def _outliers(m, n, k, count, large, w_there):
+    """`count` entries ±large in each row of x, in columns where w is `w_there` (None: as elsewhere)."""
+    x, weight = _normal(m, k), _normal(n, k)
+    places = _places(m, 64, count)  # within the first 64 columns, so that most columns of W stay as they are
+    x.scatter_(1, places, large * torch.randn(places.shape, device="cuda").sign())
+    if w_there is not None:
+        weight[:, :64] = w_there
+    return x, weight
+
+
+def _few_nonzero(m, n, k, count):
+    places = _places(m, k, count)
+    x = torch.zeros(m, k, device="cuda").scatter_(1, places, torch.randn(places.shape, device="cuda"))
+    return x, _normal(n, k)
+
+
 DATA = {
     "uniform, Linear's init": _uniform_and_init,
     "normal": lambda m, n, k: (_normal(m, k), _normal(n, k)),
@@ -231,6 +252,11 @@ DATA = {
     "1e-18": lambda m, n, k: (_normal(m, k) * 1e-18, _normal(n, k) * 1e-18),
     "1e15": lambda m, n, k: (_normal(m, k) * 1e15, _normal(n, k) * 1e15),
     "3e4 in x where w is 1e-7": _large_where_w_is_tiny,
+    "one 1e8 in each row of x where w is 0": lambda m, n, k: _outliers(m, n, k, 1, 1e8, 0.0),
+    "eight 1e20 in each row of x where w is 1e-20": lambda m, n, k: _outliers(m, n, k, 8, 1e20, 1e-20),
+    "one 1e8 in each row of x, w as elsewhere": lambda m, n, k: _outliers(m, n, k, 1, 1e8, None),
+    "one nonzero in each row of x": lambda m, n, k: _few_nonzero(m, n, k, 1),
+    "eight nonzeros in each row of x": lambda m, n, k: _few_nonzero(m, n, k, 8),
 }
 
 
@@ -241,7 +267,9 @@ def _is_as_accurate_as_sgemm(x, weight):
 
     def errors(z):
         difference = z.double() - reference
-        return (difference.norm() / reference.norm()).item(), (difference.abs() / magnitude).max().item()
+        return (difference.norm() / reference.norm()).item(), (
+            difference.abs() / magnitude.clamp_min(1e-300)
+        ).max().item()
 
     ours = errors(fused(x, weight, weight.new_zeros(len(weight)), 0.0))
     assert torch.get_float32_matmul_precision() == "highest"
