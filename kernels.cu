@@ -337,9 +337,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 // significant bits each: hi = fp16(a), lo = fp16(a - hi). Then a*b = hi*hi + hi*lo + lo*hi, and what is dropped,
 // lo*lo and the rest below lo, is 2^-22 of the product. (Markidis et al. 2018; Ootomo and Yokota 2022.)
 //   Range: the scale puts the largest |a| that shares it into [2^14, 2^15), so that lo keeps all its bits for every
-//     number down to 2^-17 of the largest, and an absolute 2^-40 of the largest below that. x has one scale a row,
-//     W one for every row and block of 64 k. A few entries of a row of x that are far larger than all others (see
-//     Outliers) are multiplied apart, in float32, and do not count.
+//     number down to 2^-17 of the largest, and what is lost below that is at most 2^-39 of the largest. x has one scale
+//     a row, W one for every row and block of 64 k. A few entries of a row of x that are far larger than all others
+//     (see Outliers) are multiplied apart, in float32, and do not count.
 //   Accumulation: the tensor core truncates when it adds to its float32 accumulator. So it only ever adds one block
 //     of 64 k to a fresh `partial`; the partial is scaled back (exact) and added to `total` by an ordinary fma.
 //
@@ -394,8 +394,8 @@ __device__ __forceinline__ void split2(float a, float b, float scale, uint32_t& 
   lo = *reinterpret_cast<const uint32_t*>(&l);
 }
 
-// The entries of a row of x that are more than 2^12 times all others, where there are at most kMax of them. They are
-// left out of hi and lo, so that the others keep their bits, and the epilogue adds their products in float32.
+// The entries of a row of x above 2^-12 of its largest, where they are few. They are left out of hi and lo, so that the
+// others get a scale of their own and keep their bits, and the epilogue adds their products in float32.
 struct Outliers {
   static constexpr int kMax = 8;
   int k[kMax];  // ascending; -1: no more

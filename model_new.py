@@ -313,16 +313,15 @@ def _fp16x3_is_faster(m, n, k):
 
 def _rows(t):
     """t as [M, its last size]. (-1 would be ambiguous for an empty t.)"""
-    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 def _linear(x, weight, bias):
     """nn.functional.linear, contiguous, as one GEMM that adds the bias before it rounds: for a non-contiguous x of more
     than two dimensions PyTorch's own is two kernels and rounds twice.
     """
-    if x.dim() == 2:
-        return nn.functional.linear(x, weight, bias)
-    return nn.functional.linear(_rows(x), weight, bias).view(*x.shape[:-1], weight.shape[0])
+    z = nn.functional.linear(_rows(x), weight, bias)
+    return z if x.dim() == 2 else z.view(*x.shape[:-1], weight.shape[0])
 
 
 def _forward_cpu(x, weight, bias, scale):
@@ -360,7 +359,7 @@ def _epilogue_cuda(z, out, scale):
 def _fp16x3_cuda(x, weight, bias, scale):
     """The fused kernel; scale 0 makes it the linear layer alone. For what select_kernel says it serves."""
     n, k = weight.shape
-    rows = x if x.dim() == 2 else _rows(x)
+    rows = _rows(x)
     if rows.stride(1) != 1 or rows.stride(0) % 4 or rows.stride(0) < k or rows.data_ptr() % 16:
         rows = rows.clone(memory_format=torch.contiguous_format)
     m = rows.shape[0]
@@ -391,13 +390,12 @@ def _forward_with_z_cuda(x, weight, bias, scale):
 
 def _backward_z_cuda(grad, z, scale):
     grad, cols = grad.contiguous(), z.shape[-1]
-    dz, dbias = torch.empty_like(z), z.new_empty(cols)
-    if z.numel() == 0:
+    dz, dbias, rows = torch.empty_like(z), z.new_empty(cols), z.numel() // cols if cols else 0
+    if rows == 0:
         return dz, dbias.zero_()
-    rows = z.numel() // cols
     strips = min(128, (rows + 63) // 64)  # of rows: enough blocks to fill the GPU, few enough partial sums
     partial_sums = z.new_empty((strips, cols), dtype=z.dtype if z.dtype == torch.float64 else torch.float32)
-    pointers = [t.data_ptr() for t in (grad, z, dz, partial_sums, dbias)]
+    pointers = grad.data_ptr(), z.data_ptr(), dz.data_ptr(), partial_sums.data_ptr(), dbias.data_ptr()
     _launch(_cuda.epilogue_backward, z.device, *pointers, rows, cols, strips, scale, _DTYPES[z.dtype])
     return dz, dbias
 
@@ -437,11 +435,12 @@ class _LinearSigmoidResidual(torch.autograd.Function):
             dbias = _rows(dz).sum(0)
         else:
             dz, dbias = _backward_z_op(grad, z, ctx.scale)
-        dx = torch.matmul(dz, weight) if ctx.needs_input_grad[0] else None
-        dweight = None
-        if ctx.needs_input_grad[1]:
-            dweight = _rows(dz).t() @ _rows(x)
-        return dx, dweight, dbias if ctx.needs_input_grad[2] else None, None
+        needs_dx, needs_dweight, needs_dbias, _ = ctx.needs_input_grad
+        dz_rows = _rows(dz)
+        dx = dz_rows.mm(weight) if needs_dx else None
+        if needs_dx and x.dim() != 2:
+            dx = dx.view(x.shape)
+        return dx, dz_rows.t().mm(_rows(x)) if needs_dweight else None, dbias if needs_dbias else None, None
 
 
 def _forward_autograd(x, weight, bias, scale):
