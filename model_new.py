@@ -150,7 +150,7 @@ class _BuildEnvironment:
         raise RuntimeError(
             f"building kernels.cu failed: {first.strip()}\n"
             f"  toolkit {self.cuda_home}, build folder {self.build_directory}\n"
-            "  A C++ compiler (g++), ninja and a CUDA toolkit (nvcc >= 12.4, knowing this GPU) are needed; CUDA_HOME "
+            "  A C++ compiler (g++), ninja and a CUDA toolkit (nvcc >= 12.5, knowing this GPU) are needed; CUDA_HOME "
             "chooses another toolkit, deleting the build folder starts afresh. The compiler's whole output is above."
         ) from error
 
