@@ -12,7 +12,8 @@
 //   epilogue_backward_kernel   dz = grad * d out / d z and partial column sums of dz, in one sweep
 //   reduce_columns_kernel      adds the partial sums in a fixed order: the bias gradient
 //
-// Every extern "C" function returns a cudaError_t as int; 0 is success. All sizes are element counts.
+// The extern "C" functions return a cudaError_t as int, 0 for success, where they do not say otherwise. Sizes are
+// element counts.
 
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -335,11 +336,11 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 //
 // Precision. A float32 number a is scaled by a power of two (exact) and written as hi + lo, two fp16 numbers of 11
 // significant bits each: hi = fp16(a), lo = fp16(a - hi). Then a*b = hi*hi + hi*lo + lo*hi, and what is dropped,
-// lo*lo and the rest below lo, is 2^-22 of the product. (Markidis et al. 2018; Ootomo and Yokota 2022.)
+// lo*lo and the rest below lo, is at most 2^-21 of the product. (Markidis et al. 2018; Ootomo and Yokota 2022.)
 //   Range: the scale puts the largest |a| that shares it into [2^14, 2^15), so that lo keeps all its bits for every
 //     number down to 2^-17 of the largest, and what is lost below that is at most 2^-39 of the largest. x has one scale
-//     a row, W one for every row and block of 64 k. A few entries of a row of x that are far larger than all others
-//     (see Outliers) are multiplied apart, in float32, and do not count.
+//     a row, W one for every row and block of 64 k. Where few entries of a row of x stand out (see Outliers) they
+//     are multiplied apart, in float32, and do not count.
 //   Accumulation: the tensor core truncates when it adds to its float32 accumulator. So it only ever adds one block
 //     of 64 k to a fresh `partial`; the partial is scaled back (exact) and added to `total` by an ordinary fma.
 //
@@ -532,7 +533,7 @@ __global__ void __launch_bounds__(kSplitThreads)
 #endif
 }
 
-// Which tile comes when. Tiles of one cluster are numbered along m first, in groups of kGroupM, then n: blocks that
+// Which tile comes when. Clusters of tiles are numbered along m first, in groups of kGroupM, then n: blocks that
 // run at the same time share W's tiles, which are the larger traffic, and the group's x stays in L2.
 template <int kClusterM, int kClusterN> struct TileScheduler {
   static constexpr int kGroupM = 8 / kClusterM;  // in clusters: 8 tiles, so that x's part stays in the L2 cache
@@ -1025,18 +1026,20 @@ int epilogue_backward(const void* grad, const void* z, void* dz, void* partial_s
   DISPATCH_DTYPE(dtype, launch_epilogue_backward, grad, z, dz, partial_sums, dbias, rows, cols, strips, scale, stream);
 }
 
-// Float32, compute capability 9.0. x [m, k] and w [n, k] with unit stride along k; k, both row strides and both
-// pointers in multiples of 16 bytes; bias [n]; out [m, n] contiguous. m, n, k >= 1. scratch: linear_fp16x3_scratch
-// bytes, 128-byte aligned.
+// Bytes of scratch memory that linear_fp16x3 needs.
 int64_t linear_fp16x3_scratch(int64_t m, int64_t k) { return fp16x3::SplitX::bytes(m, k); }
+
+// Float32, compute capability 9.0. x [m, k] and w [n, k] with unit stride along k; k, both row strides and both
+// pointers in multiples of 16 bytes; bias [n]; out [m, n] contiguous. m, n, k from 1 to 2^31 - 256. scratch: 128-byte
+// aligned.
 int linear_fp16x3(const float* x, const float* w, const float* bias, float* out, void* scratch, int64_t x_stride,
                   int64_t w_stride, int64_t m, int64_t n, int64_t k, double scale, int device, cudaStream_t stream) {
   const DeviceGuard guard(device);
   if (guard.error != cudaSuccess) return guard.error;
   const fp16x3::Arguments args = {
       x, w, bias, out, fp16x3::SplitX(scratch, m, k), x_stride, w_stride, int(m), int(n), int(k), float(scale)};
-  // Blocks in pairs. Those that share W's tile do a little better, but then a last, odd tile of m would be computed
-  // twice.
+  // Blocks in pairs. Those that share W's tile do a little better, but they need an even number of tiles along m:
+  // a tile beyond the last would be multiplied for nothing, and its part of inverse_scale does not exist.
   const bool even = (m + fp16x3::kTileM - 1) / fp16x3::kTileM % 2 == 0;
   const auto launch = even ? fp16x3::launch<2, 1> : fp16x3::launch<1, 2>;
   return launch(args, device, stream);

@@ -271,7 +271,8 @@ def select_kernel(x, weight, bias):
     """The name of the implementation that serves a call with these arguments: the one place where that is decided.
 
     "cpu"       PyTorch's operators, on tensors that are not on a GPU.
-    "fp16x3"    kernels.cu's fused kernel: float32 from three fp16 tensor-core products, at SGEMM's accuracy or better.
+    "fp16x3"    kernels.cu's fused kernel: float32 from three fp16 tensor-core products, more accurate than SGEMM on
+                ordinary data (README.md, Accuracy, says where not).
                 For float32 on a GPU of compute capability 9.0 (H100, H200) while PyTorch asks for full float32 products
                 (torch.set_float32_matmul_precision("highest"), the default), where W's rows are contiguous and in
                 multiples of 16 bytes, as nn.Linear's are when K is a multiple of 4, where K is at least 512 (below 256
@@ -286,7 +287,7 @@ def select_kernel(x, weight, bias):
         x.dtype == torch.float32
         and k % 4 == 0
         and k >= 512
-        and _fp16x3_is_faster(x.numel() // k if k else 0, n, k)
+        and _fp16x3_is_faster(x.numel() // k, n, k)
         and x.device.index in _hopper_devices
         and torch.backends.cuda.matmul.fp32_precision != "tf32"
         and weight.stride(1) == 1
@@ -305,7 +306,7 @@ def _fp16x3_is_faster(m, n, k):
     or more where its tiles are few, and from 32 rows on 1.7 times its arithmetic or 2.5 times its reading of W.
     Fewer rows, and small matrices with few rows, are left to the library; and sizes that an int does not hold.
     """
-    if m < 32 or (m < 128 and n * k < 2**21) or n * k == 0 or max(m, n, k) >= 2**31:
+    if m < 32 or (m < 128 and n * k < 2**21) or n == 0 or max(m, n, k) > 2**31 - 256:
         return False
     waves = -(-(-(-m // 128) * -(-n // 128)) // 132)
     return 8 + waves * k / 64 * 1.05 < max(35, 1.7 * 2 * m * n * k / 51e6, 2.5 * 4 * n * k / 2.3e6)
@@ -339,7 +340,7 @@ def _backward_z_cpu(grad, z, scale):
     wide = torch.float32 if z.dtype in (torch.float16, torch.bfloat16) else z.dtype
     p = torch.sigmoid(z.to(wide))
     dz = torch.addcmul(torch.ones_like(p), p, 1 - p, value=scale).mul_(grad)
-    return dz.to(z.dtype, memory_format=torch.contiguous_format), _rows(dz).sum(0).to(z.dtype)
+    return dz.to(z.dtype).contiguous(), _rows(dz).sum(0).to(z.dtype)
 
 
 def _launch(function, device, *arguments):
@@ -362,10 +363,10 @@ def _fp16x3_cuda(x, weight, bias, scale):
     rows = _rows(x)
     if rows.stride(1) != 1 or rows.stride(0) % 4 or rows.stride(0) < k or rows.data_ptr() % 16:
         rows = rows.clone(memory_format=torch.contiguous_format)
-    m = rows.shape[0]
+    bias, m = bias.contiguous(), rows.shape[0]
     out = x.new_empty((*x.shape[:-1], n))
     scratch = x.new_empty(_cuda.linear_fp16x3_scratch(m, k) // 4)  # for x, split in two
-    pointers = [t.data_ptr() for t in (rows, weight, bias.contiguous(), out, scratch)]
+    pointers = [t.data_ptr() for t in (rows, weight, bias, out, scratch)]
     _launch(_cuda.linear_fp16x3, x.device, *pointers, rows.stride(0), weight.stride(0), m, n, k, scale)
     return out
 
@@ -389,7 +390,7 @@ def _forward_with_z_cuda(x, weight, bias, scale):
 
 
 def _backward_z_cuda(grad, z, scale):
-    grad, cols = grad.contiguous(), z.shape[-1]
+    grad, z, cols = grad.contiguous(), z.contiguous(), z.shape[-1]
     dz, dbias, rows = torch.empty_like(z), z.new_empty(cols), z.numel() // cols if cols else 0
     if rows == 0:
         return dz, dbias.zero_()
@@ -410,7 +411,7 @@ def _forward_with_z_fake(x, weight, bias, scale):
 
 
 def _backward_z_fake(grad, z, scale):
-    return torch.empty_like(z), z.new_empty(z.shape[-1])
+    return z.new_empty(z.shape), z.new_empty(z.shape[-1])
 
 
 class _LinearSigmoidResidual(torch.autograd.Function):
@@ -470,8 +471,8 @@ def _forward_autocast(device_type):
 def _register(source_digest):
     """Defines torch.ops.linear_sigmoid_residual.{forward, forward_with_z, backward_z}, once per process.
 
-    A script exec'd a second time finds them defined and uses them; a different version of the script cannot replace
-    them (a dispatcher's definitions last as long as the process) and says so.
+    A script exec'd a second time finds them defined and uses them. They last as long as the process: where they were
+    defined with another kernels.cu, RuntimeError says so (a change to this file alone is not noticed).
     """
     namespace = torch.ops.linear_sigmoid_residual
     if hasattr(namespace, "forward"):

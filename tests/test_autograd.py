@@ -184,3 +184,19 @@ def test_backward_is_deterministic(dtype):
     first, *others = (torch.autograd.grad(linear_sigmoid_residual(*arguments), arguments[:3], grad) for _ in range(4))
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "sliced"])
+def test_backward_z_of_any_layout(device, layout):
+    """The operator called directly, on a z and a gradient that are not contiguous: the same, contiguous, as on copies."""
+    z, grad = (torch.randn(24, 16, dtype=torch.float64, device=device) for _ in range(2))
+    change = {
+        "transposed": lambda t: t.t(),
+        "expanded": lambda t: t[:1].expand(24, 16),
+        "sliced": lambda t: t[:, 3:13],
+    }[layout]
+    z, grad = change(z), change(grad)
+    dz, dbias = torch.ops.linear_sigmoid_residual.backward_z(grad, z, 2.0)
+    copied = torch.ops.linear_sigmoid_residual.backward_z(grad.clone().contiguous(), z.clone().contiguous(), 2.0)
+    assert dz.is_contiguous()
+    torch.testing.assert_close((dz, dbias), copied)
