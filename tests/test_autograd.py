@@ -188,7 +188,7 @@ def test_backward_is_deterministic(dtype):
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "sliced"])
 def test_backward_z_of_any_layout(device, layout):
-    """The operator called directly, on a z and a gradient that are not contiguous: the same, contiguous, as on copies."""
+    """The operator called directly on a z and a gradient that are not contiguous: contiguous, the same as on copies."""
     z, grad = (torch.randn(24, 16, dtype=torch.float64, device=device) for _ in range(2))
     change = {
         "transposed": lambda t: t.t(),
