@@ -621,6 +621,11 @@ __device__ __forceinline__ void split_step(Fragment& fragment, const WBlock& blo
   }
 }
 
+// sum + a * b, term by term as a plain float32 dot product does it.
+__device__ __forceinline__ float add_dot(float4 a, float4 b, float sum) {
+  return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
+}
+
 // wgmma's description of a K-major operand with 128-byte swizzle: 8 rows of 128 bytes form 1024 contiguous bytes.
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address) {
   return uint64_t(address >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
@@ -791,9 +796,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       };
       const float bias[2] = {n_of(0, r) < args.n ? args.bias[n_of(0, r)] : 0,
                              n_of(2, r) < args.n ? args.bias[n_of(2, r)] : 0};
-      const float2* inverse_scales =
-          reinterpret_cast<const float2*>(args.split.inverse_scale + m0) + q;  // m = 2q, 2q + 1
-      float lowest = 0;                                                        // negative where a row has outliers
+      // Pairs, of m = 2q and 2q + 1 in each group of 8.
+      const float2* inverse_scales = reinterpret_cast<const float2*>(args.split.inverse_scale + m0) + q;
+      float lowest = 0;  // negative where a row has outliers
 #pragma unroll
       for (int group = 0; group < 16; ++group)
         lowest = fminf(lowest, fminf(inverse_scales[4 * group].x, inverse_scales[4 * group].y));
@@ -857,10 +862,7 @@ __global__ void __launch_bounds__(kThreads, 1)
               const int m = min(m_of(first + i, q), args.m - 1);
               const float4 b = *reinterpret_cast<const float4*>(args.x + m * args.x_stride + k);
 #pragma unroll
-              for (int half = 0; half < 2; ++half)
-                sum[i + 2 * half] =
-                    fmaf(a[half].w, b.w,
-                         fmaf(a[half].z, b.z, fmaf(a[half].y, b.y, fmaf(a[half].x, b.x, sum[i + 2 * half]))));
+              for (int half = 0; half < 2; ++half) sum[i + 2 * half] = add_dot(a[half], b, sum[i + 2 * half]);
             }
           }
 #pragma unroll
@@ -877,7 +879,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           for (int k = lane * 4; k < args.k; k += 128) {
             const float4 a = *reinterpret_cast<const float4*>(w_row + k);
             const float4 b = *reinterpret_cast<const float4*>(x_row + k);
-            sum = fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
+            sum = add_dot(a, b, sum);
           }
           for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
           if (lane == owner) {
@@ -1040,7 +1042,7 @@ int linear_fp16x3(const float* x, const float* w, const float* bias, float* out,
       x, w, bias, out, fp16x3::SplitX(scratch, m, k), x_stride, w_stride, int(m), int(n), int(k), float(scale)};
   // Blocks in pairs. Those that share W's tile do a little better, but they need an even number of tiles along m:
   // a tile beyond the last would be multiplied for nothing, and its part of inverse_scale does not exist.
-  const bool even = (m + fp16x3::kTileM - 1) / fp16x3::kTileM % 2 == 0;
+  const bool even = fp16x3::SplitX::padded_m(m) / fp16x3::kTileM % 2 == 0;
   const auto launch = even ? fp16x3::launch<2, 1> : fp16x3::launch<1, 2>;
   return launch(args, device, stream);
 }

@@ -325,6 +325,11 @@ def _linear(x, weight, bias):
     return z if x.dim() == 2 else z.view(*x.shape[:-1], weight.shape[0])
 
 
+def _compute_dtype(dtype):
+    """The type in which the epilogue is computed: float32 for 16-bit storage. compute_t in kernels.cu."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _forward_cpu(x, weight, bias, scale):
     return _forward_with_z_cpu(x, weight, bias, scale)[0]
 
@@ -332,13 +337,12 @@ def _forward_cpu(x, weight, bias, scale):
 def _forward_with_z_cpu(x, weight, bias, scale):
     _check(x, weight, bias)
     z = _linear(x, weight, bias)
-    wide = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+    wide = z.to(_compute_dtype(z.dtype))
     return torch.sigmoid(wide).mul_(scale).add_(wide).to(z.dtype), z
 
 
 def _backward_z_cpu(grad, z, scale):
-    wide = torch.float32 if z.dtype in (torch.float16, torch.bfloat16) else z.dtype
-    p = torch.sigmoid(z.to(wide))
+    p = torch.sigmoid(z.to(_compute_dtype(z.dtype)))
     dz = torch.addcmul(torch.ones_like(p), p, 1 - p, value=scale).mul_(grad)
     return dz.to(z.dtype).contiguous(), _rows(dz).sum(0).to(z.dtype)
 
@@ -395,7 +399,7 @@ def _backward_z_cuda(grad, z, scale):
     if rows == 0:
         return dz, dbias.zero_()
     strips = min(128, (rows + 63) // 64)  # of rows: enough blocks to fill the GPU, few enough partial sums
-    partial_sums = z.new_empty((strips, cols), dtype=z.dtype if z.dtype == torch.float64 else torch.float32)
+    partial_sums = z.new_empty((strips, cols), dtype=_compute_dtype(z.dtype))
     pointers = grad.data_ptr(), z.data_ptr(), dz.data_ptr(), partial_sums.data_ptr(), dbias.data_ptr()
     _launch(_cuda.epilogue_backward, z.device, *pointers, rows, cols, strips, scale, _DTYPES[z.dtype])
     return dz, dbias
