@@ -23,6 +23,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 // ---------------------------------------------------------------------------- element types
@@ -233,6 +234,11 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint3
 
 #ifdef HAS_SM90A
 
+__device__ __forceinline__ float4 ld_shared_v4(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
+  return v;
+}
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
@@ -241,6 +247,9 @@ __device__ __forceinline__ void fence_mbarrier_init() {
 }
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 // Arrives on the barrier at the same shared-memory offset in another block of the cluster.
 __device__ __forceinline__ void mbarrier_arrive_remote(uint32_t barrier, uint32_t block) {
@@ -286,7 +295,7 @@ template <int kPending> __device__ __forceinline__ void wgmma_wait_group() {
 // d [64, 128] (+)= a [64, 16] * b [16, 128]: a in registers, b in shared memory (K-major); `accumulate` 0 overwrites d.
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
-__device__ __forceinline__ void wgmma_m64n128k16_f32_f16(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
+__device__ __forceinline__ void wgmma_m64n128k16_f32_f16(float (&d)[64], const uint32_t* a, uint64_t b,
                                                          int accumulate) {
   asm volatile(
       "{\n .reg .pred p;\n setp.ne.b32 p, %69, 0;\n"
@@ -344,44 +353,56 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 //   Accumulation: the tensor core truncates when it adds to its float32 accumulator. So it only ever adds one block
 //     of 64 k to a fresh `partial`; the partial is scaled back (exact) and added to `total` by an ordinary fma.
 //
-// Data flow. The kernel computes the transposed tile out^T [64 n, 128 m] per consumer warpgroup, with wgmma's
+// Data flow. The kernel computes out transposed, [64 n, 128 m] at a time for a consumer warpgroup, with wgmma's
 //   A = W, from registers: TMA brings W as float32 to shared memory, each thread loads its part of the fragment,
 //       finds the scale with its three neighbours, splits. Nothing about W is stored outside the kernel.
 //   B = x, from shared memory, as hi and lo: split_x_kernel wrote both before, with the row's scale.
-// Warps. One producer thread issues TMA for W, one for x. Two consumer warpgroups own 64 rows of W each, half a block
-//   of k apart: while one adds its partials, the other's products keep the tensor cores busy.
+// Tile. A block computes 128 columns of out, half of them each consumer warpgroup, and one or two panels of 128 rows.
+//   With two, W is loaded and split once for 256 rows of x, in registers that then leave no room for the next block.
+// Warps. One producer thread issues TMA for W, one for x. Two consumer warpgroups take turns with the tensor cores: in
+//   the other's turn each adds up its partials and, once a block, loads and splits W.
 // Rings. W and x have a ring of shared-memory stages each, every stage with two barriers:
 //   full: bytes have landed -> consumers;  empty: every consumer warp that reads it is done -> producer.
 //   A W stage is free once it is in registers; an x stage once its products are finished.
-// Clusters. kClusterM blocks side by side need the same W, kClusterN the same x: each loads a slice and TMA
-//   multicasts it to the others, which divides what is read from L2. So an `empty` barrier counts the consumer
-//   warps of all blocks that the slice goes to.
+// Clusters. Two blocks side by side need the same x: each loads half of it, and TMA multicasts that to both, which
+//   halves what x costs the L2 cache. So the `empty` barrier of an x stage counts both blocks' consumer warps.
 // Order of k. A product may sum k in any order if both operands agree. A thread loads W in 16 bytes, four
 //   consecutive k, where the fragment wants k = 2q, 2q+1, 2q+8, 2q+9 (q = lane % 4); so split_x_kernel stores each
 //   group of 16 k in the order 0 1 4 5 8 9 12 13 2 3 6 7 10 11 14 15.
 
 namespace fp16x3 {
 
-constexpr int kTileM = 128, kTileN = 128, kTileK = 64;
-constexpr int kWStages = 4, kXStages = 3;
+constexpr int kPanelM = 128, kTileN = 128, kTileK = 64;
 constexpr int kWStageBytes = kTileN * kTileK * 4;  // float [2 halves of k][kTileN][32], 128-byte swizzle
-constexpr int kXPartBytes = kTileM * kTileK * 2;   // half [kTileM][kTileK], 128-byte swizzle
+constexpr int kXPartBytes = kPanelM * kTileK * 2;  // half [kPanelM][kTileK], 128-byte swizzle
 constexpr int kXStageBytes = 2 * kXPartBytes;      // hi, lo
+constexpr int kCluster = 2;                        // blocks
 constexpr int kConsumerWarpgroups = kTileN / 64;
 constexpr int kThreads = 128 * (1 + kConsumerWarpgroups);
 [[maybe_unused]] constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
-constexpr int kBarrierBytes = 2 * (kWStages + kXStages) * 8;
-constexpr int kSharedBytes = kWStages * kWStageBytes + kXStages * kXStageBytes + kBarrierBytes + 1024;  // + alignment
+// The compiler gives every thread 168 registers, the most that the register file allows for so many; what the
+// producers' warpgroup lets go of goes to the consumers.
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-static_assert(128 * (kProducerRegisters + kConsumerWarpgroups * kConsumerRegisters) <= 65536, "the register file");
-static_assert(kSharedBytes <= 232448, "shared memory of a Hopper block");
+static_assert(kProducerRegisters + kConsumerWarpgroups * kConsumerRegisters <= 168 * (1 + kConsumerWarpgroups),
+              "or the consumers would wait for registers for ever");
 
-// The scale of a group of numbers, from the bits of the largest |a| among them: 2^(14 - exponent), at most 2^126 so
-// that its inverse is a normal number too (the largest is then below 2^-112 and every bit of it is kept anyway).
-__device__ __forceinline__ void scale_and_inverse(float largest, float& scale, float& inverse) {
-  const uint32_t exponent = min(268u - (__float_as_uint(largest) >> 23), 253u);
-  scale = __uint_as_float(exponent << 23);
-  inverse = __uint_as_float((254u - exponent) << 23);
+// What a block computes: kPanels panels of 128 rows of x, by 128 rows of W.
+template <int kPanels_> struct Tile {
+  static constexpr int kPanels = kPanels_;
+  static constexpr int kRows = kPanels * kPanelM;
+  static constexpr int kWStages = kPanels == 1 ? 4 : 3, kXStages = kPanels == 1 ? 3 : 4;  // of x: each one panel
+  static constexpr int kBarrierBytes = 2 * (kWStages + kXStages) * 8;
+  static constexpr int kSharedBytes = kWStages * kWStageBytes + kXStages * kXStageBytes + kBarrierBytes;
+  static_assert(kSharedBytes <= 232448, "shared memory of a Hopper block");
+};
+
+// The scale of a group of numbers, from the largest |a| among them: 2^(14 - exponent), at most 2^126 so that its
+// inverse is a normal number too (the largest is then below 2^-112 and every bit of it is kept anyway).
+__device__ __forceinline__ float scale_of(float largest) {
+  return __uint_as_float(min(268u - (__float_as_uint(largest) >> 23), 253u) << 23);
+}
+__device__ __forceinline__ float inverse_of(float scale) {
+  return __uint_as_float((254u << 23) - __float_as_uint(scale));
 }
 
 // hi and lo of two numbers, packed as wgmma and shared memory want them: the first in the lower half.
@@ -405,10 +426,11 @@ struct Outliers {
 
 // What split_x_kernel makes of x [m, k]. One allocation, whose parts are 16-byte aligned.
 struct SplitX {
-  int padded_k;          // k up to whole blocks
-  __half *hi, *lo;       // [m, padded_k], in the order of k described above
-  float* inverse_scale;  // [m up to whole tiles]; negative for a row with outliers
-  Outliers* outliers;    // [m], where inverse_scale is negative
+  static constexpr int kRowsM = 2 * kPanelM;  // of the largest tile
+  int padded_k;                               // k up to whole blocks
+  __half *hi, *lo;                            // [m, padded_k], in the order of k described above
+  float* inverse_scale;                       // [m up to a multiple of kRowsM]; negative for a row with outliers
+  Outliers* outliers;                         // [m], where inverse_scale is negative
 
   __host__ __device__ SplitX(void* scratch, int64_t m, int64_t k)
       : padded_k(int((k + kTileK - 1) / kTileK * kTileK)),
@@ -416,7 +438,7 @@ struct SplitX {
         lo(hi + m * padded_k),
         inverse_scale(reinterpret_cast<float*>(lo + m * padded_k)),
         outliers(reinterpret_cast<Outliers*>(inverse_scale + padded_m(m))) {}
-  __host__ __device__ static int64_t padded_m(int64_t m) { return (m + kTileM - 1) / kTileM * kTileM; }
+  __host__ __device__ static int64_t padded_m(int64_t m) { return (m + kRowsM - 1) / kRowsM * kRowsM; }
   static int64_t bytes(int64_t m, int64_t k) {
     const SplitX split(nullptr, m, k);
     return reinterpret_cast<uintptr_t>(split.outliers + m);
@@ -477,10 +499,9 @@ __global__ void __launch_bounds__(kSplitThreads)
   const bool has_outliers = outlier_count > 0 && outlier_count <= Outliers::kMax;
   __syncthreads();  // everyone has read the count, which now counts those found
   if (threadIdx.x == 0) outlier_count = 0;
-  float scale, inverse;
-  scale_and_inverse(has_outliers ? largest_below : largest, scale, inverse);
-  if (has_outliers && largest_below == 0) scale = inverse = 1;  // nothing else to scale: keep the outliers in range
-  if (threadIdx.x == 0) split.inverse_scale[blockIdx.x] = has_outliers ? -inverse : inverse;
+  float scale = scale_of(has_outliers ? largest_below : largest);
+  if (has_outliers && largest_below == 0) scale = 1;  // nothing else to scale: keep the outliers in range
+  if (threadIdx.x == 0) split.inverse_scale[blockIdx.x] = has_outliers ? -inverse_of(scale) : inverse_of(scale);
   __syncthreads();
 
   // Thread q of four has k = 4q .. 4q+3 of a group of 16. The fragment's order wants its first two in the group's first
@@ -533,28 +554,26 @@ __global__ void __launch_bounds__(kSplitThreads)
 #endif
 }
 
-// Which tile comes when. Clusters of tiles are numbered along m first, in groups of kGroupM, then n: blocks that
-// run at the same time share W's tiles, which are the larger traffic, and the group's x stays in L2.
-template <int kClusterM, int kClusterN> struct TileScheduler {
-  static constexpr int kGroupM = 8 / kClusterM;  // in clusters: 8 tiles, so that x's part stays in the L2 cache
-  int clusters_m, clusters_n;
+// Which tiles come when. A cluster's blocks have tiles side by side along n. Clusters are numbered along m first, in
+// groups of 1024 rows, then n: what runs at the same time shares W's tiles, which are the larger traffic, and the
+// group's part of x stays in the L2 cache.
+template <typename T> struct TileScheduler {
+  static constexpr int kGroupM = 1024 / T::kRows;
+  int tiles_m, clusters_n;
 
   __host__ __device__ TileScheduler(int m, int n)
-      : clusters_m((m + kTileM * kClusterM - 1) / (kTileM * kClusterM)),
-        clusters_n((n + kTileN * kClusterN - 1) / (kTileN * kClusterN)) {}
-  __host__ __device__ int count() const { return clusters_m * clusters_n; }
+      : tiles_m((m + T::kRows - 1) / T::kRows), clusters_n((n + kTileN * kCluster - 1) / (kTileN * kCluster)) {}
+  __host__ __device__ int clusters() const { return tiles_m * clusters_n; }
 
 #ifdef HAS_SM90A
   // This block's tiles one after the other: body(m0, n0) with the tile's first row and column of out.
   template <typename Body> __device__ __forceinline__ void for_each_tile(uint32_t rank, Body body) const {
-    constexpr int blocks = kClusterM * kClusterN;
     const int per_group = kGroupM * clusters_n;
 #pragma unroll 1
-    for (int index = blockIdx.x / blocks; index < count(); index += gridDim.x / blocks) {
-      const int first_m = index / per_group * kGroupM, size_m = min(kGroupM, clusters_m - first_m);
-      const int cluster_m = first_m + index % per_group % size_m, cluster_n = index % per_group / size_m;
-      body((cluster_m * kClusterM + int(rank % kClusterM)) * kTileM,
-           (cluster_n * kClusterN + int(rank / kClusterM)) * kTileN);
+    for (int index = blockIdx.x / kCluster; index < clusters(); index += gridDim.x / kCluster) {
+      const int first_m = index / per_group * kGroupM, size_m = min(kGroupM, tiles_m - first_m);
+      const int tile_m = first_m + index % per_group % size_m, cluster_n = index % per_group / size_m;
+      body(tile_m * T::kRows, (cluster_n * kCluster + int(rank)) * kTileN);
     }
   }
 #endif
@@ -573,52 +592,55 @@ struct Arguments {
 
 #ifdef HAS_SM90A
 
-// A thread's part of W in one block of 64 k, for wgmma's four steps of 16 k: rows r and r + 8, four consecutive k each.
-struct WBlock {
-  float4 value[4][2];  // [step][row r, row r + 8]
-  float scale[2], inverse[2];
+// Where a ring of stages is used next, and the parity its barriers are waited for with.
+template <int kStages> struct Ring {
+  uint32_t stage = 0, phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
 };
 
-// One step's operand A: the registers of wgmma's 64 x 16 fragment, twice.
-struct Fragment {
-  uint32_t hi[4], lo[4];
+// A thread's part of W in one block of 64 k: wgmma's four steps of 16 k, and the scales of its two rows, r and r + 8.
+struct WBlock {
+  uint32_t step[4][8];  // as loaded: four consecutive k of row r, four of row r + 8; or split, see split_step
+  float scale[2];
 };
 
 // address: of the thread's 16 bytes of step 0 in row r. Under the swizzle those of step 1 differ in one bit.
 __device__ __forceinline__ void load_step(WBlock& block, int step, uint32_t address) {
-  address = (step % 2 ? address ^ 64 : address) + (step / 2) * (kTileN * 128);
+  address = (step % 2 ? address ^ 64 : address) + step / 2 * (kTileN * 128);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float4& v = block.value[step][half];
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(address + half * 8 * 128));
+    const float4 v = ld_shared_v4(address + half * (8 * 128));
+    uint32_t* to = block.step[step] + 4 * half;
+    to[0] = __float_as_uint(v.x), to[1] = __float_as_uint(v.y);
+    to[2] = __float_as_uint(v.z), to[3] = __float_as_uint(v.w);
   }
 }
 
-// Both rows' scale, from the largest |w| of the 64: this thread's sixteen and its three neighbours'.
+// From the largest |w| of a row's 64: this thread's sixteen and its three neighbours'.
 __device__ __forceinline__ void find_scale(WBlock& block) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float largest = 0;
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      const float4 v = block.value[step][half];
-      largest = fmaxf(fmaxf(largest, fmaxf(fabsf(v.x), fabsf(v.y))), fmaxf(fabsf(v.z), fabsf(v.w)));
-    }
+    for (int i = 0; i < 16; ++i) largest = fmaxf(largest, fabsf(__uint_as_float(block.step[i / 4][4 * half + i % 4])));
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-    scale_and_inverse(largest, block.scale[half], block.inverse[half]);
+    block.scale[half] = scale_of(largest);
   }
 }
 
-__device__ __forceinline__ void split_step(Fragment& fragment, const WBlock& block, int step) {
+// A step's part of operand A: the four registers of wgmma's 64 x 16 fragment, hi, then lo. `fragment` may be the step.
+__device__ __forceinline__ void split_step(uint32_t (&fragment)[8], const WBlock& block, int step) {
+  uint32_t parts[8];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float4 v = block.value[step][half];
-    split2(v.x, v.y, block.scale[half], fragment.hi[half], fragment.lo[half]);
-    split2(v.z, v.w, block.scale[half], fragment.hi[half + 2], fragment.lo[half + 2]);
+  for (int i = 0; i < 4; ++i) {  // row r or r + 8, the earlier two k or the later
+    const uint32_t* two = block.step[step] + 4 * (i % 2) + i / 2 * 2;
+    split2(__uint_as_float(two[0]), __uint_as_float(two[1]), block.scale[i % 2], parts[i], parts[4 + i]);
   }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) fragment[i] = parts[i];
 }
 
 // sum + a * b, term by term as a plain float32 dot product does it.
@@ -626,36 +648,36 @@ __device__ __forceinline__ float add_dot(float4 a, float4 b, float sum) {
   return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
 }
 
-// wgmma's description of a K-major operand with 128-byte swizzle: 8 rows of 128 bytes form 1024 contiguous bytes.
-__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address) {
-  return uint64_t(address >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
-}
+// wgmma's description of a K-major operand with 128-byte swizzle, 8 rows of 128 bytes being 1024 contiguous bytes: its
+// lower half, in which adding 1 moves the operand by 16 bytes, and its upper half.
+__device__ __forceinline__ uint32_t matrix_descriptor(uint32_t address) { return address >> 4 | 1 << 16; }
+constexpr uint64_t kDescriptorUpper = uint64_t(1024 >> 4 | 1 << 30) << 32;
 
 #endif  // HAS_SM90A
 
-template <int kClusterM, int kClusterN>
+template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     linear_kernel(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_hi_map,
                   const __grid_constant__ CUtensorMap x_lo_map, const __grid_constant__ Arguments args) {
 #ifdef HAS_SM90A
-  extern __shared__ uint8_t shared_memory[];
-  const uint32_t w_stages = (shared_address(shared_memory) + 1023) & ~1023u;  // the swizzle repeats every 1024 bytes
-  const uint32_t x_stages = w_stages + kWStages * kWStageBytes;
+  constexpr int kPanels = T::kPanels, kWStages = T::kWStages, kXStages = T::kXStages;
+  extern __shared__ __align__(1024) uint8_t shared_memory[];  // the swizzle repeats every 1024 bytes
+  const uint32_t w_stages = shared_address(shared_memory), x_stages = w_stages + kWStages * kWStageBytes;
   const uint32_t w_full = x_stages + kXStages * kXStageBytes, w_empty = w_full + 8 * kWStages;
   const uint32_t x_full = w_empty + 8 * kWStages, x_empty = x_full + 8 * kXStages;
-
   const uint32_t rank = cluster_ctarank();
-  const uint32_t rank_m = rank % kClusterM, rank_n = rank / kClusterM;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  // Through a shuffle, so that the compiler knows it to be the same in the whole warp and keeps what follows from it
+  // in uniform registers.
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < kWStages; ++i) {
       mbarrier_init(w_full + 8 * i, 1);
-      mbarrier_init(w_empty + 8 * i, kConsumerWarps * kClusterM);
+      mbarrier_init(w_empty + 8 * i, kConsumerWarps);
     }
     for (int i = 0; i < kXStages; ++i) {
       mbarrier_init(x_full + 8 * i, 1);
-      mbarrier_init(x_empty + 8 * i, kConsumerWarps * kClusterN);
+      mbarrier_init(x_empty + 8 * i, kConsumerWarps * kCluster);
     }
     fence_mbarrier_init();
     prefetch_tensormap(&w_map);
@@ -670,42 +692,38 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp < 4) {  // ------------------------------------------------------------ producer
     setmaxnreg_dec<kProducerRegisters>();
     if (lane == 0 && warp < 2) {
-      // This block's slices: rows [rank_m, +1) * kTileN / kClusterM of W's tile, likewise of x's.
-      constexpr int w_rows = kTileN / kClusterM, x_rows = kTileM / kClusterN;
-      const uint16_t w_blocks = ((1u << kClusterM) - 1) << (rank_n * kClusterM);
-      uint16_t x_blocks = 0;
-      for (int i = 0; i < kClusterN; ++i) x_blocks |= 1u << (i * kClusterM + rank_m);
-
-      auto load_w = [&](int n0, int k_block, uint32_t turn) {
-        const uint32_t stage = turn % kWStages, barrier = w_full + 8 * stage;
-        mbarrier_wait(w_empty + 8 * stage, (turn / kWStages + 1) % 2);
+      auto load_w = [&](int n0, int k_block, Ring<kWStages> ring) {
+        const uint32_t barrier = w_full + 8 * ring.stage, to = w_stages + ring.stage * kWStageBytes;
+        mbarrier_wait(w_empty + 8 * ring.stage, ring.phase ^ 1);
         mbarrier_arrive_expect_tx(barrier, kWStageBytes);
-        const uint32_t to = w_stages + stage * kWStageBytes + rank_m * w_rows * 128;
-        const int row = n0 + rank_m * w_rows;
         for (int half = 0; half < 2; ++half)
-          cp_async_bulk_tensor_2d(to + half * kTileN * 128, &w_map, k_block * kTileK + half * 32, row, barrier,
-                                  w_blocks);
+          cp_async_bulk_tensor_2d(to + half * kTileN * 128, &w_map, k_block * kTileK + half * 32, n0, barrier,
+                                  1 << rank);
       };
-      auto load_x = [&](int m0, int k_block, uint32_t turn) {
-        const uint32_t stage = turn % kXStages, barrier = x_full + 8 * stage;
-        mbarrier_wait(x_empty + 8 * stage, (turn / kXStages + 1) % 2);
+      auto load_x = [&](int m0, int k_block, Ring<kXStages> ring) {  // this block's slice, for both blocks
+        constexpr int rows = kPanelM / kCluster;
+        const uint32_t barrier = x_full + 8 * ring.stage;
+        const uint32_t to = x_stages + ring.stage * kXStageBytes + rank * rows * 128;
+        mbarrier_wait(x_empty + 8 * ring.stage, ring.phase ^ 1);
         mbarrier_arrive_expect_tx(barrier, kXStageBytes);
-        const uint32_t to = x_stages + stage * kXStageBytes + rank_n * x_rows * 128;
-        const int row = m0 + rank_n * x_rows;
-        cp_async_bulk_tensor_2d(to, &x_hi_map, k_block * kTileK, row, barrier, x_blocks);
-        cp_async_bulk_tensor_2d(to + kXPartBytes, &x_lo_map, k_block * kTileK, row, barrier, x_blocks);
+        for (int part = 0; part < 2; ++part)
+          cp_async_bulk_tensor_2d(to + part * kXPartBytes, part ? &x_lo_map : &x_hi_map, k_block * kTileK,
+                                  m0 + rank * rows, barrier, (1 << kCluster) - 1);
       };
 
       // Two threads, so that W may run ahead by its whole ring while x waits for a stage, and the other way round.
-      uint32_t turn = 0;
       if (warp == 0) {
-        TileScheduler<kClusterM, kClusterN>(args.m, args.n).for_each_tile(rank, [&](int m0, int n0) {
-          for (int k_block = 0; k_block < k_blocks; ++k_block) load_w(n0, k_block, turn++);
+        Ring<kWStages> ring;
+        TileScheduler<T>(args.m, args.n).for_each_tile(rank, [&](int m0, int n0) {
+          for (int k_block = 0; k_block < k_blocks; ++k_block, ring.advance()) load_w(n0, k_block, ring);
         });
       } else {
+        Ring<kXStages> ring;
         griddepcontrol_wait();  // x is being split by the kernel before; W need not wait for it
-        TileScheduler<kClusterM, kClusterN>(args.m, args.n).for_each_tile(rank, [&](int m0, int n0) {
-          for (int k_block = 0; k_block < k_blocks; ++k_block) load_x(m0, k_block, turn++);
+        TileScheduler<T>(args.m, args.n).for_each_tile(rank, [&](int m0, int n0) {
+          for (int k_block = 0; k_block < k_blocks; ++k_block)
+#pragma unroll 1
+            for (int panel = 0; panel < kPanels; ++panel, ring.advance()) load_x(m0 + panel * kPanelM, k_block, ring);
         });
       }
     }
@@ -718,42 +736,58 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int row = (warp - 4) * 16 + r / 2 + (r % 2) * 4;
     const uint32_t w_address = w_stages + row * 128 + (q ^ row % 8) * 16;
 
-    float partial[64], total[64];  // [16 groups of 8 m][row r, row r + 8][m = 2q, 2q + 1], written [16][4]
-    WBlock w = {};                 // being split, while the next one arrives step by step in the same registers
-    Fragment fragments[2];         // one is multiplied while the other is made
-    uint32_t w_turn = 0, x_turn = 0;
+    // [16 groups of 8 m][row r, row r + 8][m = 2q, 2q + 1], written [16][4]
+    float partial[64], total[kPanels][64];
+    WBlock w;
+    Ring<kWStages> w_ring;
+    Ring<kXStages> x_ring;
 
-    auto wait_for_w = [&] { mbarrier_wait(w_full + 8 * (w_turn % kWStages), w_turn / kWStages % 2); };
-    auto load_w = [&](int step) { load_step(w, step, w_address + w_turn % kWStages * kWStageBytes); };
-    auto release_w = [&] {
+    auto wait_for_w = [&] { mbarrier_wait(w_full + 8 * w_ring.stage, w_ring.phase); };
+    auto load_w = [&](int step) { load_step(w, step, w_address + w_ring.stage * kWStageBytes); };
+    auto find_scale_of_w = [&] {
+      find_scale(w);  // needs all that was loaded, so that the stage can be given back
       __syncwarp();
-      if (lane < kClusterM) mbarrier_arrive_remote(w_empty + 8 * (w_turn % kWStages), rank_n * kClusterM + lane);
-      ++w_turn;
+      if (lane == 0) mbarrier_arrive(w_empty + 8 * w_ring.stage);
+      w_ring.advance();
+    };
+    auto wait_for_x = [&] { mbarrier_wait(x_full + 8 * x_ring.stage, x_ring.phase); };
+    auto release_x = [&] {
+      if (lane < kCluster) mbarrier_arrive_remote(x_empty + 8 * x_ring.stage, lane);
+      x_ring.advance();
+    };
+    auto multiply_step = [&](const uint32_t (&fragment)[8], int step) {
+      // 16 k are 32 bytes, which is 2 in a descriptor.
+      const uint32_t x_hi = matrix_descriptor(x_stages + x_ring.stage * kXStageBytes) + 2 * step;
+      const uint32_t x_lo = x_hi + kXPartBytes / 16;
+      const uint32_t *hi = fragment, *lo = fragment + 4;
+      wgmma_m64n128k16_f32_f16(partial, lo, kDescriptorUpper | x_hi, step > 0);
+      wgmma_m64n128k16_f32_f16(partial, hi, kDescriptorUpper | x_lo, 1);
+      wgmma_m64n128k16_f32_f16(partial, hi, kDescriptorUpper | x_hi, 1);
+      wgmma_commit_group();
+    };
+    auto add_partial = [&](float (&to)[64], float scale_r, float scale_r8) {
+      const float inverse[2] = {inverse_of(scale_r), inverse_of(scale_r8)};
+#pragma unroll
+      for (int i = 0; i < 64; ++i) to[i] = fmaf(partial[i], inverse[i / 2 % 2], to[i]);
     };
 
-    // The two warpgroups take turns to begin a block, the second when the first is past its middle: while one is
-    // between two blocks, with nothing in the tensor cores, the other is not.
+    // The two warpgroups take turns to begin a panel: while one is between two, with nothing in the tensor cores, the
+    // other is not.
     const int my_turn = 1 + consumer, other_turn = 2 - consumer;
     if (consumer == 1) bar_arrive(other_turn, 256);
 
-    // One block of 64 k, entered with its scale known and step 0's fragment made. While the tensor cores multiply one
-    // step this warp splits the next, and loads the next block of W into the registers that become free.
+    // Tiles of one panel: a block of W, entered with its scale known and step 0 split. While the tensor cores multiply
+    // one step, this warp splits the next and loads the next block into the registers that become free.
+    uint32_t fragments[2][8];  // one is multiplied while the other is made
     auto multiply_block = [&](bool has_next) {
-      const uint32_t stage = x_turn % kXStages;
-      const float inverse[2] = {w.inverse[0], w.inverse[1]};
-      mbarrier_wait(x_full + 8 * stage, x_turn / kXStages % 2);
-      const uint64_t x_hi = matrix_descriptor(x_stages) + stage * (kXStageBytes / 16), x_lo = x_hi + kXPartBytes / 16;
+      const float scale[2] = {w.scale[0], w.scale[1]};
+      wait_for_x();
       if (has_next) wait_for_w();
       bar_sync(my_turn, 256);
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
-        const Fragment& fragment = fragments[step % 2];
         wgmma_fence();
-        // 16 k are 32 bytes, which is 2 in a descriptor.
-        wgmma_m64n128k16_f32_f16(partial, fragment.lo, x_hi + 2 * step, step > 0);
-        wgmma_m64n128k16_f32_f16(partial, fragment.hi, x_lo + 2 * step, 1);
-        wgmma_m64n128k16_f32_f16(partial, fragment.hi, x_hi + 2 * step, 1);
-        wgmma_commit_group();
+        multiply_step(fragments[step % 2], step);
         if (step == 2) bar_arrive(other_turn, 256);
         if (step < 3) {
           if (step > 0) wgmma_wait_group<1>();  // the step before, which read the other fragment, is done
@@ -762,135 +796,177 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (has_next) load_w(step);
       }
       if (has_next) {
-        find_scale(w);
-        release_w();
+        find_scale_of_w();
         wgmma_wait_group<1>();
         split_step(fragments[0], w, 0);
       }
       wgmma_wait_group<0>();
-      if (lane < kClusterN) mbarrier_arrive_remote(x_empty + 8 * stage, lane * kClusterM + rank_m);
-      ++x_turn;
-#pragma unroll
-      for (int i = 0; i < 64; ++i) total[i] = fmaf(partial[i], inverse[i / 2 % 2], total[i]);
+      release_x();
+      add_partial(total[0], scale[0], scale[1]);
     };
 
-    TileScheduler<kClusterM, kClusterN>(args.m, args.n).for_each_tile(rank, [&](int m0, int n0) {
+    // Tiles of two panels: one panel times a block of W, which is split already. With the second panel each step's
+    // registers are loaded with the next block as soon as it is multiplied; what else that block needs falls into the
+    // other warpgroup's turn.
+    auto multiply_panel = [&](auto panel_constant, bool has_next) {
+      constexpr int panel = decltype(panel_constant)::value;
+      constexpr bool last = panel == 1;
+      wait_for_x();
+      if (last && has_next) wait_for_w();
+      bar_sync(my_turn, 256);
+      wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < 64; ++i) total[i] = 0;
+      for (int step = 0; step < 4; ++step) multiply_step(w.step[step], step);
+      bar_arrive(other_turn, 256);
+      if (last) {
+        wgmma_wait_group<3>();
+        if (has_next) load_w(0);
+        wgmma_wait_group<2>();
+        if (has_next) load_w(1);
+        wgmma_wait_group<1>();
+        if (has_next) load_w(2);
+      }
+      wgmma_wait_group<0>();
+      release_x();
+      if (last && has_next) load_w(3);
+      add_partial(total[panel], w.scale[0], w.scale[1]);
+      if (last && has_next) {
+        find_scale_of_w();
+#pragma unroll
+        for (int step = 0; step < 4; ++step) split_step(w.step[step], w, step);
+      }
+    };
+
+    TileScheduler<T>(args.m, args.n).for_each_tile(rank, [&](int m0, int n0) {
+#pragma unroll
+      for (int i = 0; i < 64 * kPanels; ++i) total[i / 64][i % 64] = 0;
       wait_for_w();
 #pragma unroll
       for (int step = 0; step < 4; ++step) load_w(step);
-      release_w();
-      find_scale(w);
-      split_step(fragments[0], w, 0);
+      find_scale_of_w();
+      if constexpr (kPanels == 1) {
+        split_step(fragments[0], w, 0);
 #pragma unroll 1
-      for (int k_block = 0; k_block < k_blocks; ++k_block) multiply_block(k_block + 1 < k_blocks);
-
-      // Epilogue. Element i of this thread is at row m_of(i, q), column n_of(i, r): a store instruction of a warp
-      // fills whole 32-byte sectors of four rows.
-      auto m_of = [&](int i, int q_) { return m0 + i / 4 * 8 + q_ * 2 + i % 2; };
-      auto n_of = [&](int i, int r_) { return n0 + (warp - 4) * 16 + r_ / 2 + (r_ % 2) * 4 + i / 2 % 2 * 8; };
-      auto store = [&](int i, float product) {
-        const int n = n_of(i, r);
-        args.out[int64_t(m_of(i, q)) * args.n + n] = sigmoid_residual(product + args.bias[n], args.scale);
-      };
-      const float bias[2] = {n_of(0, r) < args.n ? args.bias[n_of(0, r)] : 0,
-                             n_of(2, r) < args.n ? args.bias[n_of(2, r)] : 0};
-      // Pairs, of m = 2q and 2q + 1 in each group of 8.
-      const float2* inverse_scales = reinterpret_cast<const float2*>(args.split.inverse_scale + m0) + q;
-      float lowest = 0;  // negative where a row has outliers
+        for (int left = k_blocks; left > 0; --left) multiply_block(left > 1);
+      } else {
 #pragma unroll
-      for (int group = 0; group < 16; ++group)
-        lowest = fminf(lowest, fminf(inverse_scales[4 * group].x, inverse_scales[4 * group].y));
-      if (__any_sync(~0u, lowest < 0)) {  // adds their products, in the scale of the row's other entries
-        const float* w_rows[2] = {args.w + min(n_of(0, r), args.n - 1) * args.w_stride,
-                                  args.w + min(n_of(2, r), args.n - 1) * args.w_stride};
-#pragma unroll
-        for (int i = 0; i < 64; ++i) {
-          const int m = m_of(i, q);
-          if (i / 2 % 2 || m >= args.m || args.split.inverse_scale[m] >= 0) continue;
-          const Outliers& outliers = args.split.outliers[m];
-          const float scale = -1 / args.split.inverse_scale[m];
+        for (int step = 0; step < 4; ++step) split_step(w.step[step], w, step);
 #pragma unroll 1
-          for (int j = 0; j < Outliers::kMax && outliers.k[j] >= 0; ++j) {
-            const float value = outliers.value[j] * scale;
-            total[i] = fmaf(value, w_rows[0][outliers.k[j]], total[i]);
-            total[i + 2] = fmaf(value, w_rows[1][outliers.k[j]], total[i + 2]);
-          }
+        for (int left = k_blocks; left > 0; --left) {
+          multiply_panel(std::integral_constant<int, 0>(), left > 1);
+          multiply_panel(std::integral_constant<int, 1>(), left > 1);
         }
       }
 
-      float check = 0;  // NaN once a product is not finite
-      float* out = args.out + int64_t(m_of(0, q)) * args.n + n_of(0, r);
-#pragma unroll
-      for (int group = 0; group < 16; ++group, out += 8 * int64_t(args.n)) {
-        const float2 inverse = inverse_scales[4 * group];
-#pragma unroll
-        for (int i = 4 * group; i < 4 * group + 4; ++i) {
-          const float product = total[i] * fabsf(i % 2 ? inverse.y : inverse.x);
-          check = fmaf(product, 0.0f, check);
-          const float value = sigmoid_residual(product + bias[i / 2 % 2], args.scale);
-          if (m_of(i, q) < args.m && n_of(i, r) < args.n) (i % 2 ? out + args.n : out)[i / 2 % 2 * 8] = value;
-        }
-      }
-
-      // A product that is not finite may be so because of the splitting (Inf - Inf in lo, or an overflow of the scaled
-      // sum). Such elements are computed again as plain float32 dot products, which is what eager gives.
-      uint64_t not_finite = 0;
-      if (__any_sync(~0u, check != 0)) {
-#pragma unroll
-        for (int i = 0; i < 64; ++i) {
-          const int m = m_of(i, q);
-          const bool inside = m < args.m && n_of(i, r) < args.n;
-          if (inside && !(fabsf(total[i] * args.split.inverse_scale[m]) < INFINITY)) not_finite |= uint64_t(1) << i;
-        }
-      }
-      const unsigned count = __reduce_add_sync(~0u, unsigned(__popcll(not_finite)));
-      if (count > 128) {  // many: every thread its own, 16 at a time, so that an operand loaded serves several
+      // Epilogue, one panel after the other in the same registers. Element i of this thread is at row m_of(i, q),
+      // column n_of(i, r): a store instruction of a warp fills whole 32-byte sectors of four rows.
 #pragma unroll 1
-        for (int first = 0; first < 64; first += 16) {
-          float sum[16] = {};
-          const float* w_row = args.w + min(n_of(0, r), args.n - 1) * args.w_stride;
-          const int64_t w_next = (min(n_of(2, r), args.n - 1) - min(n_of(0, r), args.n - 1)) * args.w_stride;
+      for (int panel = 0; panel < kPanels; ++panel, m0 += kPanelM) {
+        auto m_of = [&](int i, int q_) { return m0 + i / 4 * 8 + q_ * 2 + i % 2; };
+        auto n_of = [&](int i, int r_) { return n0 + (warp - 4) * 16 + r_ / 2 + (r_ % 2) * 4 + i / 2 % 2 * 8; };
+        auto out_of = [&](int i) { return args.out + int64_t(m_of(i, q)) * args.n + n_of(i, r); };
+        auto store = [&](int i, float product) {
+          *out_of(i) = sigmoid_residual(product + args.bias[n_of(i, r)], args.scale);
+        };
+        const float bias[2] = {n_of(0, r) < args.n ? args.bias[n_of(0, r)] : 0,
+                               n_of(2, r) < args.n ? args.bias[n_of(2, r)] : 0};
+        const float4 inverses = reinterpret_cast<const float4*>(args.split.inverse_scale + m0)[lane];
+        const float lowest = fminf(fminf(inverses.x, inverses.y), fminf(inverses.z, inverses.w));
+        if (__any_sync(~0u, lowest < 0)) {  // rows with outliers: add their products, in the scale of the row's others
+          const float* w_rows[2] = {args.w + min(n_of(0, r), args.n - 1) * args.w_stride,
+                                    args.w + min(n_of(2, r), args.n - 1) * args.w_stride};
+#pragma unroll
+          for (int i = 0; i < 64; ++i) {
+            const int m = m_of(i, q);
+            if (i / 2 % 2 || m >= args.m || args.split.inverse_scale[m] >= 0) continue;
+            const Outliers& outliers = args.split.outliers[m];
+            const float scale = inverse_of(-args.split.inverse_scale[m]);
 #pragma unroll 1
-          for (int k = 0; k < args.k; k += 4) {
-            const float4 a[2] = {*reinterpret_cast<const float4*>(w_row + k),
-                                 *reinterpret_cast<const float4*>(w_row + w_next + k)};
-#pragma unroll
-            for (int i = 0; i < 16; ++i) {
-              if (i / 2 % 2) continue;
-              const int m = min(m_of(first + i, q), args.m - 1);
-              const float4 b = *reinterpret_cast<const float4*>(args.x + m * args.x_stride + k);
-#pragma unroll
-              for (int half = 0; half < 2; ++half) sum[i + 2 * half] = add_dot(a[half], b, sum[i + 2 * half]);
+            for (int j = 0; j < Outliers::kMax && outliers.k[j] >= 0; ++j) {
+              const float value = outliers.value[j] * scale;
+              total[0][i] = fmaf(value, w_rows[0][outliers.k[j]], total[0][i]);
+              total[0][i + 2] = fmaf(value, w_rows[1][outliers.k[j]], total[0][i + 2]);
             }
           }
+        }
+
+        // Pairs, of m = 2q and 2q + 1 in each group of 8.
+        const float2* inverse_scales = reinterpret_cast<const float2*>(args.split.inverse_scale + m0) + q;
+        float check[4] = {};  // NaN where a total is not finite
 #pragma unroll
-          for (int i = 0; i < 16; ++i)
-            if (not_finite >> (first + i) & 1) store(first + i, sum[i]);
-        }
-      } else if (count > 0) {  // few: the warp computes one after the other
-        for (unsigned lanes; (lanes = __ballot_sync(~0u, not_finite != 0)) != 0;) {
-          const int owner = __ffs(lanes) - 1;
-          const int i = __shfl_sync(~0u, __ffsll(not_finite) - 1, owner);
-          const float* w_row = args.w + n_of(i, owner / 4) * args.w_stride;
-          const float* x_row = args.x + m_of(i, owner % 4) * args.x_stride;
-          float sum = 0;
-          for (int k = lane * 4; k < args.k; k += 128) {
-            const float4 a = *reinterpret_cast<const float4*>(w_row + k);
-            const float4 b = *reinterpret_cast<const float4*>(x_row + k);
-            sum = add_dot(a, b, sum);
-          }
-          for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-          if (lane == owner) {
-            store(i, sum);
-            not_finite &= not_finite - 1;
+        for (int i = 0; i < 64; ++i) check[i % 4] = fmaf(total[0][i], 0.0f, check[i % 4]);
+        float* out = args.out + int64_t(m_of(0, q)) * args.n + n_of(0, r);
+#pragma unroll
+        for (int group = 0; group < 16; ++group, out += 8 * int64_t(args.n)) {
+          const float2 inverse = inverse_scales[4 * group];
+#pragma unroll
+          for (int i = 4 * group; i < 4 * group + 4; ++i) {
+            const float product = total[0][i] * fabsf(i % 2 ? inverse.y : inverse.x);
+            const float value = sigmoid_residual(product + bias[i / 2 % 2], args.scale);
+            if (m_of(i, q) < args.m && n_of(i, r) < args.n) (i % 2 ? out + args.n : out)[i / 2 % 2 * 8] = value;
           }
         }
+
+        // A product that is not finite may be so because of the splitting (Inf - Inf in lo, or an overflow of the
+        // scaled sum). Such elements are computed again as plain float32 dot products, which is what eager gives. They
+        // are recognized by what was stored, so that no register need be kept for it.
+        uint64_t not_finite = 0;
+        if (__any_sync(~0u, check[0] + check[1] + check[2] + check[3] != 0)) {
+#pragma unroll 4
+          for (int i = 0; i < 64; ++i)
+            if (m_of(i, q) < args.m && n_of(i, r) < args.n && !(fabsf(*out_of(i)) < INFINITY))
+              not_finite |= uint64_t(1) << i;
+        }
+        const unsigned count = __reduce_add_sync(~0u, unsigned(__popcll(not_finite)));
+        if (count > 128) {  // many: every thread its own, 8 at a time, so that an operand loaded serves several
+#pragma unroll 1
+          for (int first = 0; first < 64; first += 8) {
+            float sum[8] = {};
+            const float* w_row = args.w + min(n_of(0, r), args.n - 1) * args.w_stride;
+            const int64_t w_next = (min(n_of(2, r), args.n - 1) - min(n_of(0, r), args.n - 1)) * args.w_stride;
+#pragma unroll 1
+            for (int k = 0; k < args.k; k += 4) {
+              const float4 a[2] = {*reinterpret_cast<const float4*>(w_row + k),
+                                   *reinterpret_cast<const float4*>(w_row + w_next + k)};
+#pragma unroll
+              for (int i = 0; i < 8; ++i) {
+                if (i / 2 % 2) continue;
+                const int m = min(m_of(first + i, q), args.m - 1);
+                const float4 b = *reinterpret_cast<const float4*>(args.x + m * args.x_stride + k);
+#pragma unroll
+                for (int half = 0; half < 2; ++half) sum[i + 2 * half] = add_dot(a[half], b, sum[i + 2 * half]);
+              }
+            }
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+              if (not_finite >> (first + i) & 1) store(first + i, sum[i]);
+          }
+        } else if (count > 0) {  // few: the warp computes one after the other
+          for (unsigned lanes; (lanes = __ballot_sync(~0u, not_finite != 0)) != 0;) {
+            const int owner = __ffs(lanes) - 1;
+            const int i = __shfl_sync(~0u, __ffsll(not_finite) - 1, owner);
+            const float* w_row = args.w + n_of(i, owner / 4) * args.w_stride;
+            const float* x_row = args.x + m_of(i, owner % 4) * args.x_stride;
+            float sum = 0;
+            for (int k = lane * 4; k < args.k; k += 128) {
+              const float4 a = *reinterpret_cast<const float4*>(w_row + k);
+              const float4 b = *reinterpret_cast<const float4*>(x_row + k);
+              sum = add_dot(a, b, sum);
+            }
+            for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+            if (lane == owner) {
+              store(i, sum);
+              not_finite &= not_finite - 1;
+            }
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < 64; ++i) total[0][i] = total[kPanels - 1][i];
       }
     });
     if (consumer == 0) bar_sync(my_turn, 256);  // takes the last turn, so that the barrier ends as it began
   }
+  __syncwarp();       // the producers' other lanes have waited here
   barrier_cluster();  // no block may end while another still multicasts to it or arrives on its barriers
 #endif
 }
@@ -917,60 +993,72 @@ static cudaError_t encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type,
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+// A launch of linear_kernel<T>. Its attributes are part of it: not to be copied.
+template <typename T> struct Launch {
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute attributes[2] = {};
+
+  explicit Launch(int clusters, cudaStream_t stream = nullptr) {
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {kCluster, 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;  // start while split_x_kernel runs out
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = unsigned(clusters) * kCluster;
+    config.blockDim = kThreads;
+    config.dynamicSmemBytes = T::kSharedBytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = 2;
+  }
+  Launch(const Launch&) = delete;
+};
+
 // How many clusters the device holds at once; also allows the kernel its shared memory there. Asked once a device.
-template <int kClusterM, int kClusterN> static cudaError_t resident_clusters(int device, int* clusters) {
+template <typename T> static cudaError_t resident_clusters(int device, int* clusters) {
   static std::atomic<int> known[64];
   if (device < 64 && (*clusters = known[device].load()) > 0) return cudaSuccess;
-  const auto kernel = linear_kernel<kClusterM, kClusterN>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  const auto kernel = linear_kernel<T>;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes);
   if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = kClusterM * kClusterN;
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = kSharedBytes;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {kClusterM * kClusterN, 1, 1};
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  error = cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
+  const Launch<T> launch(1);
+  error = cudaOccupancyMaxActiveClusters(clusters, kernel, &launch.config);
   if (error == cudaSuccess && *clusters == 0) error = cudaErrorInvalidConfiguration;
   if (error == cudaSuccess && device < 64) known[device].store(*clusters);
   return error;
 }
 
-template <int kClusterM, int kClusterN>
+template <typename T>
+static cudaError_t launch_linear(const Arguments& args, int resident, const CUtensorMap& w_map,
+                                 const CUtensorMap& x_hi_map, const CUtensorMap& x_lo_map, cudaStream_t stream) {
+  const Launch<T> launch(std::min(resident, TileScheduler<T>(args.m, args.n).clusters()), stream);
+  const cudaError_t error = cudaLaunchKernelEx(&launch.config, linear_kernel<T>, w_map, x_hi_map, x_lo_map, args);
+  return error != cudaSuccess ? error : cudaGetLastError();
+}
+
 static cudaError_t launch(const Arguments& args, int device, cudaStream_t stream) {
   // First, so that the GPU has work while the host prepares the rest.
   const SplitX& split = args.split;
   split_x_kernel<<<unsigned(SplitX::padded_m(args.m)), kSplitThreads, 0, stream>>>(args.x, args.x_stride, split, args.m,
                                                                                    args.k);
   CUtensorMap w_map, x_hi_map, x_lo_map;
-  cudaError_t error = encode_tensor_map(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, args.w, args.n, args.k,
-                                        args.w_stride, kTileN / kClusterM);
+  cudaError_t error =
+      encode_tensor_map(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, args.w, args.n, args.k, args.w_stride, kTileN);
   for (auto [map, part] : {std::pair{&x_hi_map, split.hi}, std::pair{&x_lo_map, split.lo}})
     if (error == cudaSuccess)
       error = encode_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, part, args.m, split.padded_k, split.padded_k,
-                                kTileM / kClusterN);
-  int clusters = 0;
-  if (error == cudaSuccess) error = resident_clusters<kClusterM, kClusterN>(device, &clusters);
+                                kPanelM / kCluster);
+  int resident_1 = 0, resident_2 = 0;
+  if (error == cudaSuccess) error = resident_clusters<Tile<1>>(device, &resident_1);
+  if (error == cudaSuccess) error = resident_clusters<Tile<2>>(device, &resident_2);
   if (error != cudaSuccess) return error;
 
-  clusters = std::min(clusters, TileScheduler<kClusterM, kClusterN>(args.m, args.n).count());
-  cudaLaunchConfig_t config = {};
-  config.gridDim = unsigned(clusters) * kClusterM * kClusterN;
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream;
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {kClusterM * kClusterN, 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;  // start while split_x_kernel runs out
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  error = cudaLaunchKernelEx(&config, linear_kernel<kClusterM, kClusterN>, w_map, x_hi_map, x_lo_map, args);
-  return error != cudaSuccess ? error : cudaGetLastError();
+  // Two panels to a tile need less conversion and less traffic for the same products, but tiles of twice the time may
+  // leave more of the device without work at the end.
+  const auto waves = [](int clusters, int resident) { return (clusters + resident - 1) / resident; };
+  const int waves_1 = waves(TileScheduler<Tile<1>>(args.m, args.n).clusters(), resident_1);
+  const int waves_2 = waves(TileScheduler<Tile<2>>(args.m, args.n).clusters(), resident_2);
+  return 2 * waves_2 <= waves_1 ? launch_linear<Tile<2>>(args, resident_2, w_map, x_hi_map, x_lo_map, stream)
+                                : launch_linear<Tile<1>>(args, resident_1, w_map, x_hi_map, x_lo_map, stream);
 }
 
 }  // namespace fp16x3
@@ -1040,11 +1128,7 @@ int linear_fp16x3(const float* x, const float* w, const float* bias, float* out,
   if (guard.error != cudaSuccess) return guard.error;
   const fp16x3::Arguments args = {
       x, w, bias, out, fp16x3::SplitX(scratch, m, k), x_stride, w_stride, int(m), int(n), int(k), float(scale)};
-  // Blocks in pairs. Those that share W's tile do a little better, but they need an even number of tiles along m:
-  // a tile beyond the last would be multiplied for nothing, and its part of inverse_scale does not exist.
-  const bool even = fp16x3::SplitX::padded_m(m) / fp16x3::kTileM % 2 == 0;
-  const auto launch = even ? fp16x3::launch<2, 1> : fp16x3::launch<1, 2>;
-  return launch(args, device, stream);
+  return fp16x3::launch(args, device, stream);
 }
 
 }  // extern "C"

@@ -23,6 +23,7 @@ pytestmark = [
 
 U = 2.0**-24  # float32's unit roundoff
 DENORMAL = 2.0**-149  # the smallest float32
+NAN, INF = float("nan"), float("inf")
 
 
 def fused(x, weight, bias, scale=2.0):
@@ -80,9 +81,19 @@ EDGES_M, EDGES_N, EDGES_K = (1, 7, 127, 128, 129, 257, 300), (1, 9, 127, 128, 13
 SHAPES = [(m, n, EDGES_K[(i + j) % 7]) for i, m in enumerate(EDGES_M) for j, n in enumerate(EDGES_N)]
 SHAPES += [
     (1024, 640, 8196),  # rows that the splitting kernel does not hold in registers
-    (1153, 2100, 132),  # more clusters than run at once, in pairs along m; the last group of tiles is not full
-    (1152, 2100, 68),  # the same in pairs along n, the last of which is one tile
+    (300, 5000, 68),  # more tiles of one panel than run at once
 ]
+# More tiles than run at once, so many that the kernel takes them of two panels (of 128 rows of x). The last panel, the
+# last tile of a pair and the last group of tiles are full, partly full or missing.
+TWO_PANELS = [
+    (1024, 2300, 8196),
+    (1025, 2100, 68),
+    (1153, 2100, 132),
+    (1300, 1700, 4),
+    (2049, 1100, 200),
+    (900, 2300, 60),
+]
+SHAPES += TWO_PANELS
 
 
 @pytest.mark.parametrize("m, n, k", SHAPES)
@@ -116,7 +127,16 @@ def test_scale(scale):
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize(
     "m, n, k",
-    [(1, 1, 4), (7, 9, 12), (300, 1, 64), (129, 130, 68), (257, 127, 132), (128, 520, 1000), (130, 200, 8196)],
+    [
+        (1, 1, 4),
+        (7, 9, 12),
+        (300, 1, 64),
+        (129, 130, 68),
+        (257, 127, 132),
+        (128, 520, 1000),
+        (130, 200, 8196),
+        (1153, 2100, 68),
+    ],
 )
 def test_nothing_outside_is_read_or_written(m, n, k, offset):
     """x, W and bias lie in NaN, between their rows too; output and scratch in the middle of blocks whose ends are
@@ -285,13 +305,37 @@ def test_accuracy_is_sgemms_or_better(data):
     _is_as_accurate_as_sgemm(*DATA[data](1024, 8192, 8192))
 
 
+@pytest.mark.parametrize("count", [7, 8, 9])
+@pytest.mark.parametrize("k", [1000, 16384])
+def test_outliers(k, count):
+    """Up to eight entries of a row are multiplied apart, at no loss. Nine are not, but at 2^17 times the others
+    they stay within the scheme's bound. K beyond 8192: the row is read several times.
+    """
+    x, weight = _outliers(260, 300, k, count, 2.0**17, None)
+    check(fused(x, weight, weight.new_zeros(300)), x, weight, weight.new_zeros(300))
+    if count <= 8:
+        _is_as_accurate_as_sgemm(x, weight)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("where", ["x, beside an outlier", "W, where x has an outlier"])
+def test_special_values_and_outliers(where, value):
+    x, weight, bias = random_case(130, 140, 8200)
+    x[:, 5] = 1e8
+    clean = fused(x, weight, bias)
+    tensor = x if where.startswith("x") else weight
+    tensor[3, 8196 if where.startswith("x") else 5] = value
+    out = is_as_eager(x, weight, bias)
+    changed = torch.zeros_like(out, dtype=torch.bool)
+    (changed if where.startswith("x") else changed.T)[3] = True
+    assert torch.equal(out[~changed], clean[~changed]) and not out[changed].isfinite().any()
+
+
 def test_accuracy_on_a_smaller_shape():
     _is_as_accurate_as_sgemm(*_uniform_and_init(512, 1024, 8192))
 
 
 # special values
-
-NAN, INF = float("nan"), float("inf")
 
 
 def is_as_eager(x, weight, bias):
@@ -308,7 +352,7 @@ def is_as_eager(x, weight, bias):
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("m, n, k", [(130, 140, 200), (300, 520, 1000)])
+@pytest.mark.parametrize("m, n, k", [(130, 140, 200), (300, 520, 1000), (1153, 2100, 132)])
 @pytest.mark.parametrize("where", ["x", "W", "b"])
 def test_one_special_value(where, m, n, k, value):
     """It stays in its row, or in its column: the others are, bit for bit, what they were."""
@@ -367,9 +411,10 @@ SPECIALS = {
 }
 
 
+@pytest.mark.parametrize("m, n", [(130, 140), (1153, 2100)])  # tiles of one and of two panels
 @pytest.mark.parametrize("what", SPECIALS)
-def test_special_values_are_eagers(what):
-    x, weight, bias = random_case(130, 140, 200)
+def test_special_values_are_eagers(what, m, n):
+    x, weight, bias = random_case(m, n, 200)
     SPECIALS[what](x, weight, bias)
     out = is_as_eager(x, weight, bias)
     zeros = (x == 0).all(1)[:, None] | (weight == 0).all(1)
@@ -395,12 +440,16 @@ def test_denormal_inputs(which):
 # repeatability, state, streams
 
 
-@pytest.mark.parametrize("m", [512, 384])
-def test_bit_identical_from_run_to_run(m):
-    """Alone, and beside other work on the GPU. With an even and an odd number of tiles along m."""
+@pytest.mark.parametrize("data", ["normal", "outliers"])
+@pytest.mark.parametrize("m", [384, 1024])
+def test_bit_identical_from_run_to_run(m, data):
+    """Alone, and beside other work on the GPU. In tiles of one and of two panels."""
     case = random_case(m, 4096, 1024)
+    if data == "outliers":
+        case[0].scatter_(1, _places(m, 1024, 8), 1e6)
     first = fused(*case)
-    check(first, *case)
+    if data == "normal":
+        check(first, *case)
     assert all(torch.equal(fused(*case), first) for _ in range(20))
     other, load = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
     torch.cuda.synchronize()

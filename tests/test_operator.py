@@ -298,7 +298,8 @@ def test_the_message_is_eagers_for_a_wrong_feature_count(model_pair):
         with pytest.raises(RuntimeError) as error:
             model(torch.ones(2, 5))
         messages.append(str(error.value))
-    assert messages[0].split(" (")[0] in messages[1] and "(2x5 and 3x4)" in messages[0]
+    words = "mat1 and mat2 shapes cannot be multiplied (2x5 and 3x4)"  # newer PyTorch puts the operator's name before
+    assert words in messages[0] and words in messages[1]
 
 
 def test_linear_is_what_it_says(device):
