@@ -359,8 +359,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 //   B = x, from shared memory, as hi and lo: split_x_kernel wrote both before, with the row's scale.
 // Tile. A block computes 128 columns of out, half of them each consumer warpgroup, and one or two panels of 128 rows.
 //   With two, W is loaded and split once for 256 rows of x, in registers that then leave no room for the next block.
-// Warps. One producer thread issues TMA for W, one for x. Two consumer warpgroups take turns with the tensor cores: in
-//   the other's turn each adds up its partials and, once a block, loads and splits W.
+// Warps. One producer thread issues TMA for W, one for x. Two consumer warpgroups take turns with the tensor cores;
+//   each adds up its partials in the other's turn. There W is split too where a tile has two panels; with one, it is
+//   split while the warpgroup's own products run.
 // Rings. W and x have a ring of shared-memory stages each, every stage with two barriers:
 //   full: bytes have landed -> consumers;  empty: every consumer warp that reads it is done -> producer.
 //   A W stage is free once it is in registers; an x stage once its products are finished.
@@ -447,7 +448,7 @@ struct SplitX {
 
 constexpr int kSplitThreads = 256;
 
-// One block for each row of x, and for each row that is missing in the last tile.
+// One block for each row of x, and for the rows missing to a multiple of SplitX::kRowsM.
 __global__ void __launch_bounds__(kSplitThreads)
     split_x_kernel(const float* __restrict__ x, int64_t x_stride, const SplitX split, int m, int k) {
 #ifdef HAS_SM90A
@@ -892,9 +893,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
         // Pairs, of m = 2q and 2q + 1 in each group of 8.
         const float2* inverse_scales = reinterpret_cast<const float2*>(args.split.inverse_scale + m0) + q;
-        float check[4] = {};  // NaN where a total is not finite
-#pragma unroll
-        for (int i = 0; i < 64; ++i) check[i % 4] = fmaf(total[0][i], 0.0f, check[i % 4]);
+        float check = 0;  // NaN once a product is not finite
         float* out = args.out + int64_t(m_of(0, q)) * args.n + n_of(0, r);
 #pragma unroll
         for (int group = 0; group < 16; ++group, out += 8 * int64_t(args.n)) {
@@ -902,16 +901,18 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
           for (int i = 4 * group; i < 4 * group + 4; ++i) {
             const float product = total[0][i] * fabsf(i % 2 ? inverse.y : inverse.x);
+            check = fmaf(product, 0.0f, check);
             const float value = sigmoid_residual(product + bias[i / 2 % 2], args.scale);
             if (m_of(i, q) < args.m && n_of(i, r) < args.n) (i % 2 ? out + args.n : out)[i / 2 % 2 * 8] = value;
           }
         }
 
         // A product that is not finite may be so because of the splitting (Inf - Inf in lo, or an overflow of the
-        // scaled sum). Such elements are computed again as plain float32 dot products, which is what eager gives. They
-        // are recognized by what was stored, so that no register need be kept for it.
+        // scaled sum). Such elements are computed again as plain float32 dot products, which is what eager gives. Which
+        // they are is read from what was stored, so that no registers need be kept: an element not finite for another
+        // reason (bias, s) comes out as it was.
         uint64_t not_finite = 0;
-        if (__any_sync(~0u, check[0] + check[1] + check[2] + check[3] != 0)) {
+        if (__any_sync(~0u, check != 0)) {
 #pragma unroll 4
           for (int i = 0; i < 64; ++i)
             if (m_of(i, q) < args.m && n_of(i, r) < args.n && !(fabsf(*out_of(i)) < INFINITY))
@@ -1040,9 +1041,11 @@ static cudaError_t launch(const Arguments& args, int device, cudaStream_t stream
   const SplitX& split = args.split;
   split_x_kernel<<<unsigned(SplitX::padded_m(args.m)), kSplitThreads, 0, stream>>>(args.x, args.x_stride, split, args.m,
                                                                                    args.k);
+  cudaError_t error = cudaGetLastError();
   CUtensorMap w_map, x_hi_map, x_lo_map;
-  cudaError_t error =
-      encode_tensor_map(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, args.w, args.n, args.k, args.w_stride, kTileN);
+  if (error == cudaSuccess)
+    error =
+        encode_tensor_map(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, args.w, args.n, args.k, args.w_stride, kTileN);
   for (auto [map, part] : {std::pair{&x_hi_map, split.hi}, std::pair{&x_lo_map, split.lo}})
     if (error == cudaSuccess)
       error = encode_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, part, args.m, split.padded_k, split.padded_k,
@@ -1120,7 +1123,7 @@ int epilogue_backward(const void* grad, const void* z, void* dz, void* partial_s
 int64_t linear_fp16x3_scratch(int64_t m, int64_t k) { return fp16x3::SplitX::bytes(m, k); }
 
 // Float32, compute capability 9.0. x [m, k] and w [n, k] with unit stride along k; k, both row strides and both
-// pointers in multiples of 16 bytes; bias [n]; out [m, n] contiguous. m, n, k from 1 to 2^31 - 256. scratch: 128-byte
+// pointers in multiples of 16 bytes; bias [n]; out [m, n] contiguous. m, n, k from 1 to 2^31 - 2048. scratch: 128-byte
 // aligned.
 int linear_fp16x3(const float* x, const float* w, const float* bias, float* out, void* scratch, int64_t x_stride,
                   int64_t w_stride, int64_t m, int64_t n, int64_t k, double scale, int device, cudaStream_t stream) {

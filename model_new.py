@@ -238,12 +238,12 @@ def _describe(**tensors):
 
 def _check(x, weight, bias):
     """Raises RuntimeError, in nn.Linear's words, unless x [..., K], weight [N, K] and bias [N] fit together."""
-    if weight.dim() != 2 or bias.dim() != 1 or x.dim() == 0 or bias.shape[0] != weight.shape[0]:
+    if weight.dim() != 2 or bias.dim() != 1 or x.dim() == 0 or bias.numel() != weight.size(0):
         raise RuntimeError(
             "linear_sigmoid_residual(): expected x [..., K], weight [N, K] and bias [N], got "
             + _describe(x=x, weight=weight, bias=bias)
         )
-    if x.shape[-1] != weight.shape[1]:
+    if x.size(-1) != weight.size(1):
         rows = math.prod(x.shape[:-1])
         raise RuntimeError(
             f"linear_sigmoid_residual(): mat1 and mat2 shapes cannot be multiplied ({rows}x{x.shape[-1]} and "
@@ -302,11 +302,12 @@ def select_kernel(x, weight, bias):
 def _fp16x3_is_faster(m, n, k):
     """Whether the fp16x3 kernel is expected to beat cuBLAS's SGEMM. Fitted to times on an H200 (microseconds).
 
-    The kernel computes 128x128 tiles of out, 132 at a time, at 1.05 for 64 of k, and 8 for all launches. SGEMM takes 35
-    or more where its tiles are few, and from 32 rows on 1.7 times its arithmetic or 2.5 times its reading of W.
-    Fewer rows, and small matrices with few rows, are left to the library; and sizes that an int does not hold.
+    The kernel takes as long as if it computed 128x128 tiles of out, 132 at a time, at 1.05 for 64 of k, and 8 for all
+    launches. SGEMM takes 35 or more where its tiles are few, and from 32 rows on 1.7 times its arithmetic or 2.5 times
+    its reading of W. Fewer rows, and small matrices with few rows, are left to the library; and sizes that an int does
+    not hold.
     """
-    if m < 32 or (m < 128 and n * k < 2**21) or n == 0 or max(m, n, k) > 2**31 - 256:
+    if m < 32 or (m < 128 and n * k < 2**21) or n == 0 or max(m, n, k) > 2**31 - 2048:
         return False
     waves = -(-(-(-m // 128) * -(-n // 128)) // 132)
     return 8 + waves * k / 64 * 1.05 < max(35, 1.7 * 2 * m * n * k / 51e6, 2.5 * 4 * n * k / 2.3e6)
@@ -322,7 +323,8 @@ def _linear(x, weight, bias):
     than two dimensions PyTorch's own is two kernels and rounds twice.
     """
     z = nn.functional.linear(_rows(x), weight, bias)
-    return z if x.dim() == 2 else z.view(*x.shape[:-1], weight.shape[0])
+    # Not a view, as nn.functional.linear's own result is none: autograd watches views made without gradients.
+    return z if x.dim() == 2 else torch.ops.aten._unsafe_view(z, (*x.shape[:-1], weight.shape[0]))
 
 
 def _compute_dtype(dtype):
@@ -418,7 +420,16 @@ def _backward_z_fake(grad, z, scale):
     return z.new_empty(z.shape), z.new_empty(z.shape[-1])
 
 
-_PLAIN_TENSORS = {torch.Tensor, nn.Parameter}
+def _dispatch_keys(*names):
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
+    for name in names[1:]:
+        keys = keys.add(getattr(torch._C.DispatchKey, name))
+    return keys
+
+
+# What PyTorch knows of an ordinary CUDA tensor, and nothing else: not batched, not lazily negated, no subclass.
+_PLAIN_TYPES = {torch.Tensor, nn.Parameter}
+_PLAIN_KEYS = _dispatch_keys("CUDA", "ADInplaceOrView", "AutogradCUDA", "AutocastCUDA")
 
 
 def _without_autograd(operator, cuda_kernel, tensors, scale):
@@ -429,7 +440,7 @@ def _without_autograd(operator, cuda_kernel, tensors, scale):
     """
     plain = not (torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
     for t in tensors:
-        plain = plain and t.is_cuda and type(t) in _PLAIN_TENSORS
+        plain = plain and type(t) in _PLAIN_TYPES and torch._C._dispatch_keys(t) == _PLAIN_KEYS
     if plain:
         return cuda_kernel(*tensors, scale)
     with torch._C._AutoDispatchBelowAutograd():

@@ -39,6 +39,17 @@ def test_first_and_second_derivatives_against_finite_differences(shape, scale, d
     assert torch.autograd.gradgradcheck(linear_sigmoid_residual, arguments)
 
 
+def test_a_batch_of_gradients_at_once(device):
+    """As torch.autograd.functional.jacobian(vectorize=True) asks for them: tensors that have no memory of their own."""
+    arguments = leaves(random_arguments((4, 5), 3, torch.float32, device))
+    out = linear_sigmoid_residual(*arguments)
+    grads = torch.randn(7, *out.shape, device=device)
+    at_once = torch.autograd.grad(out, arguments[:3], grads, retain_graph=True, is_grads_batched=True)
+    singly = [torch.autograd.grad(out, arguments[:3], grad, retain_graph=True) for grad in grads]
+    for batch, gradients in zip(at_once, zip(*singly)):
+        torch.testing.assert_close(batch, torch.stack(gradients))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape, n", [((1, 1), 1), ((3, 5), 7), ((64, 128), 96), ((257, 130), 67), ((3, 4, 24), 32)])
 def test_gradients_are_the_layers(shape, n, dtype, device):

@@ -195,6 +195,17 @@ def test_strides(how):
     assert torch.equal(fused(*case).reshape(130, 260), fused(x, weight, bias))
 
 
+@pytest.mark.parametrize("which", range(3))
+def test_a_lazily_negated_tensor(which):
+    """Its memory holds the opposite sign."""
+    case = list(random_case(512, 2048, 1024))
+    negated = list(case)
+    negated[which] = torch._neg_view(case[which])
+    assert select_kernel(*negated) == "fp16x3"
+    case[which] = -case[which]
+    assert torch.equal(linear_sigmoid_residual(*negated, 2.0), fused(*case))
+
+
 def test_x_of_equal_rows():
     """Stride 0 between the rows."""
     x, weight, bias = random_case(1, 260, 200)

@@ -7,6 +7,7 @@ from reference import DTYPES, Layer, random_arguments
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import model_new
 from model_new import ModelNew, linear_sigmoid_residual, select_kernel
 
 pytestmark = pytest.mark.usefixtures("float32_sums")
@@ -178,6 +179,46 @@ def test_any_layout(layout, dtype, device):
     Layer(*arguments).check(out)
     assert out.is_contiguous()
     assert all(torch.equal(a, b) for a, b in zip(arguments[:3], before))
+
+
+@pytest.mark.parametrize("shape", [(40,), (6, 40), (2, 3, 40)])
+def test_the_result_is_no_view(shape, device):
+    """A view made without gradients could not be changed in place by something with gradients."""
+    x, weight, bias, scale = random_arguments(shape, 56, torch.float32, device)
+    with torch.no_grad():
+        out = linear_sigmoid_residual(x, weight, bias, scale)
+    assert not out._is_view()
+    out.add_(torch.ones(56, device=device, requires_grad=True))
+    assert out.requires_grad
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+NOT_PLAIN = {
+    "a subclass": lambda t: t.as_subclass(Subclass),
+    "negated lazily": torch._neg_view,
+    "on the CPU": lambda t: t.cpu(),
+    "meta": lambda t: t.to("meta"),
+}
+
+
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("how", [None, *NOT_PLAIN])
+def test_only_plain_tensors_do_without_the_dispatcher(how, which, device):
+    tensors = list(random_arguments((4, 5), 3, torch.float32, device)[:3])
+    if how:
+        tensors[which] = NOT_PLAIN[how](tensors[which])
+    elif which:
+        tensors = [nn.Parameter(t) for t in tensors]
+
+    def call():
+        return model_new._without_autograd(lambda *_: "operator", lambda *_: "kernel", tuple(tensors), 2.0)
+
+    assert call() == ("kernel" if how is None and device == "cuda" else "operator")
+    with torch._subclasses.FakeTensorMode():
+        assert call() == "operator"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
