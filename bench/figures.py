@@ -1,0 +1,152 @@
+"""Draws docs/figures/error-against-time.svg and docs/figures/ladder.svg from bench/results/. Needs matplotlib.
+
+    python bench/figures.py                    from bench/results/nvidia-h200.json and ladder.json
+    python bench/figures.py --output FOLDER    elsewhere than in docs/figures
+
+The other figures there are written by hand.
+"""
+
+import argparse
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+from tables import LABELS
+
+try:
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+except ImportError:
+    sys.exit("bench/figures.py needs matplotlib: pip install -e '.[bench]'")
+
+ROOT = Path(__file__).resolve().parent.parent
+YARDSTICK = "cuBLAS fp16, float32 output"
+POWER_LIMIT_MS = 0.491  # three fp16 products of the reference shape: docs/OPTIMIZATIONS.md, section 3
+# Each to be read on white and on GitHub's dark background: no background is drawn.
+TEXT, GRID, BLUE, ORANGE, GREEN = "#7d8590", "#7d859040", "#2f81f7", "#d4651a", "#269642"
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "linear-sigmoid-residual",  # the default is random
+    "font.size": 9,
+    "text.color": TEXT,
+    "axes.labelcolor": TEXT,
+    "axes.edgecolor": TEXT,
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+}
+
+
+def label(row):
+    kernel = f" ({row['kernel']})" if row["kernel"] else ""
+    bare = " (bare GEMM)" if row["error_of"] == "product" else ""
+    return LABELS.get(row["name"], row["name"]).removesuffix(" *") + kernel + bare
+
+
+def beside(axes, text, x, y, color, left=False, gap=9, **style):
+    position = {"xytext": (-gap if left else gap, 0), "textcoords": "offset points", "ha": "right" if left else "left"}
+    axes.annotate(text, (x, y), va="center", color=color, **position, **style)
+
+
+def groups(rows):
+    """Rows whose points would lie on one another."""
+    found = []
+    for row in rows:
+        for group in found:
+            if all(abs(math.log(row[key] / group[0][key])) < 0.1 for key in ("ms", "error_frobenius")):
+                group.append(row)
+                break
+        else:
+            found.append([row])
+    return found
+
+
+def error_against_time(rows):
+    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
+    axes = figure.add_subplot(xscale="log", yscale="log")
+    for group in groups(rows):
+        ours, bare = group[0]["name"] == "ModelNew", group[0]["error_of"] == "product"
+        color = BLUE if ours else TEXT
+        points = [row["ms"] for row in group], [row["error_frobenius"] for row in group]
+        axes.plot(*points, "D" if ours else "o", ms=9 if ours else 6.5, color=color, mfc="none" if bare else color)
+        ms, error = (min(values) for values in points)
+        beside(axes, ", ".join(map(label, group)), ms, error, color, left=ms > 0.3, weight="bold" if ours else "normal")
+    axes.set_xlim(0.15, 3.3)
+    axes.set_ylim(3e-8, 1e-3)
+    ticks = (0.2, 0.3, 0.5, 1, 2, 3)
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"1e{round(math.log10(value))}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(color=GRID)
+    axes.set_xlabel("time, ms (log scale)")
+    axes.set_ylabel("relative error against float64,\nFrobenius norm (log scale)")
+    title = "{gpu}, M, K, N = {shape}, {dtype}; filled: error of out, hollow: of a bare GEMM's product"
+    axes.set_title(title.format(**rows[0]), fontsize=9, loc="left")
+    return figure
+
+
+def ladder(steps, yardstick):
+    figure = Figure(figsize=(8.4, 3.9), layout="constrained")
+    axes = figure.add_subplot()
+    longest = max(step["ms"] for step in steps[1:])
+    cut, end = 1.06 * longest, 1.13 * longest  # where a bar too long for the axis is broken, and where it ends
+    for y, step in enumerate(steps):
+        last, broken = y == len(steps) - 1, step["ms"] > end
+        style = {"height": 0.64, "color": BLUE if last else TEXT, "alpha": 0.6}  # so that the lines show on the bars
+        axes.barh(y, cut if broken else step["ms"], **style)
+        if broken:
+            axes.barh(y, end - cut - 0.01, left=cut + 0.01, **style)
+        text = f"{step['ms']:.3g}" + (" (bar cut)" if broken else "")
+        beside(axes, text, min(step["ms"], end), y, style["color"], gap=4, weight="bold" if last else "normal")
+    marks = (
+        (POWER_LIMIT_MS, True, GREEN, f"three fp16 products at the power limit, {POWER_LIMIT_MS}"),
+        (3 * yardstick, False, ORANGE, f"3 × the fp16 yardstick ({yardstick:.3f}), {3 * yardstick:.3f}"),
+    )
+    for ms, left, color, text in marks:
+        axes.plot([ms, ms], [-1.2, len(steps) - 0.5], color=color, lw=1.6, ls="--")
+        beside(axes, text, ms, -0.85, color, left=left, gap=4)
+    axes.set_yticks(range(len(steps)), [f"{step['step']}. {step['what']}" for step in steps])
+    axes.spines["left"].set_bounds(-0.5, len(steps) - 0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlim(0, 1.15 * end)
+    axes.set_ylim(len(steps) - 0.5, -1.3)
+    axes.set_xlabel("time, ms")
+    note = "Steps were measured on several occasions and compare to 2 %. Step 5 changed no time."
+    figure.supxlabel(note, x=0.995, ha="right", fontsize=7.5)
+    return figure
+
+
+def write(figure, path):
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    path.write_text("\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n", encoding="utf-8")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="bench/figures.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=ROOT / "bench/results/nvidia-h200.json", metavar="FILE")
+    parser.add_argument("--ladder", type=Path, default=ROOT / "bench/results/ladder.json", metavar="FILE")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/figures", metavar="FOLDER")
+    arguments = parser.parse_args(argv)
+    for path in (arguments.results, arguments.ladder):
+        if not path.is_file():
+            parser.error(f"there is no {path}")
+    results = json.loads(arguments.results.read_text(encoding="utf-8"))
+    steps = json.loads(arguments.ladder.read_text(encoding="utf-8"))
+    rows = [row for row in results if row["section"] == "time"]
+    yardstick = next(row["ms"] for row in rows if row["name"] == YARDSTICK)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        write(error_against_time(rows), arguments.output / "error-against-time.svg")
+        write(ladder(steps, yardstick), arguments.output / "ladder.svg")
+
+
+if __name__ == "__main__":
+    main()
