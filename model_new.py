@@ -547,11 +547,12 @@ def linear_sigmoid_residual(x, weight, bias, scale):
     Args:
         x: [..., K], float32, float16, bfloat16 or float64; any strides.
         weight: [N, K], bias: [N]; dtype and device of x.
-        scale: a Python number.
+        scale: a number; no gradient is computed for it.
     Returns: [..., N], contiguous, dtype and device of x. 16-bit: the GEMM's result z is rounded once, the rest is
         computed in float32 and rounded once. `select_kernel` tells which implementation serves a call.
     Differentiable in x, weight and bias, to any order.
-    Raises: TypeError for a non-tensor, RuntimeError for shapes, dtypes or devices that do not fit, before any launch.
+    Raises: TypeError for a non-tensor or for a scale that requires a gradient, RuntimeError for shapes, dtypes or
+        devices that do not fit and for a scale that is no number, before any launch.
     """
     if not (isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor) and isinstance(bias, torch.Tensor)):
         name, value = next(
@@ -560,17 +561,31 @@ def linear_sigmoid_residual(x, weight, bias, scale):
             if not isinstance(value, torch.Tensor)
         )
         raise TypeError(f"linear_sigmoid_residual(): argument '{name}' must be Tensor, not {type(value).__name__}")
+    if isinstance(scale, torch.Tensor) and scale.requires_grad:
+        raise TypeError("linear_sigmoid_residual(): argument 'scale' requires a gradient, and none is computed for it")
     return _forward_op(x, weight, bias, scale)
 
 
 # ------------------------------------------------------------------------------------------------- the module
 
 
+def _call_pre_hooks(module, x):
+    """Calls a module's forward pre-hooks as nn.Module does, and returns the input that they leave."""
+    for key, hook in module._forward_pre_hooks.items():
+        with_kwargs = key in module._forward_pre_hooks_with_kwargs
+        result = hook(module, (x,), {}) if with_kwargs else hook(module, (x,))
+        if result is not None:
+            arguments = result[0] if with_kwargs else result
+            (x,) = arguments if isinstance(arguments, tuple) else (arguments,)
+    return x
+
+
 class ModelNew(nn.Module):
     """Drop-in for `Model`: same constructor, parameters (`gemm.weight` [N, K], `gemm.bias` [N]) and random draws.
 
     Args: input_size (K), hidden_size (N), scaling_factor (s). Input [..., K], output [..., N].
-    `gemm` holds the parameters and draws them; its own forward is not called. Nothing is cached between calls.
+    `gemm` holds the parameters and draws them. Its forward pre-hooks are called; its own forward, and hooks that would
+    see what that returns, are not. Nothing is cached between calls.
     """
 
     def __init__(self, input_size, hidden_size, scaling_factor):
@@ -580,6 +595,8 @@ class ModelNew(nn.Module):
 
     def forward(self, x):
         gemm = self.gemm
+        if gemm._forward_pre_hooks:  # such as torch.nn.utils.prune's, which makes the weight
+            x = _call_pre_hooks(gemm, x)
         return linear_sigmoid_residual(x, gemm.weight, gemm.bias, self.scaling_factor)
 
     def extra_repr(self):
