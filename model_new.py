@@ -569,23 +569,13 @@ def linear_sigmoid_residual(x, weight, bias, scale):
 # ------------------------------------------------------------------------------------------------- the module
 
 
-def _call_pre_hooks(module, x):
-    """Calls a module's forward pre-hooks as nn.Module does, and returns the input that they leave."""
-    for key, hook in module._forward_pre_hooks.items():
-        with_kwargs = key in module._forward_pre_hooks_with_kwargs
-        result = hook(module, (x,), {}) if with_kwargs else hook(module, (x,))
-        if result is not None:
-            arguments = result[0] if with_kwargs else result
-            (x,) = arguments if isinstance(arguments, tuple) else (arguments,)
-    return x
-
-
 class ModelNew(nn.Module):
     """Drop-in for `Model`: same constructor, parameters (`gemm.weight` [N, K], `gemm.bias` [N]) and random draws.
 
     Args: input_size (K), hidden_size (N), scaling_factor (s). Input [..., K], output [..., N].
-    `gemm` holds the parameters and draws them. Its forward pre-hooks are called; its own forward, and hooks that would
-    see what that returns, are not. Nothing is cached between calls.
+    `gemm` holds the parameters and draws them; its own forward is not called. Except where it has hooks, as pruning,
+    spectral_norm, fully_shard and ColwiseParallel give it: those must see its input and what it returns, so the layer
+    is then computed as `Model` does it, with PyTorch's operators. Nothing is cached between calls.
     """
 
     def __init__(self, input_size, hidden_size, scaling_factor):
@@ -595,8 +585,9 @@ class ModelNew(nn.Module):
 
     def forward(self, x):
         gemm = self.gemm
-        if gemm._forward_pre_hooks:  # such as torch.nn.utils.prune's, which makes the weight
-            x = _call_pre_hooks(gemm, x)
+        if gemm._forward_pre_hooks or gemm._forward_hooks or gemm._backward_hooks or gemm._backward_pre_hooks:
+            z = gemm(x)
+            return torch.sigmoid(z) * self.scaling_factor + z
         return linear_sigmoid_residual(x, gemm.weight, gemm.bias, self.scaling_factor)
 
     def extra_repr(self):

@@ -162,21 +162,19 @@ def test_after_an_edit_that_a_hook_of_gemm_carries_out(how, setting):
         assert_close([new(x)], [reference(x)])
 
 
-INPUT_HOOKS = {
-    "observes": (lambda module, args: None, False),
-    "returns the input": (lambda module, args: 2 * args[0], False),
-    "returns a tuple": (lambda module, args: (2 * args[0],), False),
-    "returns a tuple and keywords": (lambda module, args, kwargs: ((2 * args[0],), kwargs), True),
+HOOKS = {
+    "changes the input": lambda gemm: gemm.register_forward_pre_hook(lambda module, args: 2 * args[0]),
+    "changes the output": lambda gemm: gemm.register_forward_hook(lambda module, args, output: output + 1),
+    "changes the gradient": lambda gemm: gemm.register_full_backward_hook(lambda module, into, out: (3 * into[0],)),
 }
 
 
-@pytest.mark.parametrize("how", INPUT_HOOKS)
-def test_a_hook_of_gemm_may_change_the_input(how, setting):
+@pytest.mark.parametrize("how", HOOKS)
+def test_hooks_of_gemm(how, setting):
     reference, new, x = setting
-    hook, with_kwargs = INPUT_HOOKS[how]
     for model in (reference, new):
-        model.gemm.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
-    assert_same(reference, new, x)
+        HOOKS[how](model.gemm)
+    assert_same(reference, new, x.requires_grad_())
 
 
 @pytest.mark.parametrize("weight, bias", [(True, False), (False, True), (False, False)])
