@@ -586,8 +586,7 @@ class ModelNew(nn.Module):
     def forward(self, x):
         gemm = self.gemm
         if gemm._forward_pre_hooks or gemm._forward_hooks or gemm._backward_hooks or gemm._backward_pre_hooks:
-            z = gemm(x)
-            return torch.sigmoid(z) * self.scaling_factor + z
+            return Model.forward(self, x)
         return linear_sigmoid_residual(x, gemm.weight, gemm.bias, self.scaling_factor)
 
     def extra_repr(self):

@@ -13,7 +13,7 @@ import math
 import sys
 from pathlib import Path
 
-from tables import LABELS
+from tables import label
 
 try:
     import matplotlib
@@ -42,10 +42,8 @@ STYLE = {
 }
 
 
-def label(row):
-    kernel = f" ({row['kernel']})" if row["kernel"] else ""
-    bare = " (bare GEMM)" if row["error_of"] == "product" else ""
-    return LABELS.get(row["name"], row["name"]).removesuffix(" *") + kernel + bare
+def name_of(row):
+    return label(row).removesuffix(" *") + (" (bare GEMM)" if row["error_of"] == "product" else "")
 
 
 def beside(axes, text, x, y, color, left=False, gap=9, **style):
@@ -75,7 +73,9 @@ def error_against_time(rows):
         points = [row["ms"] for row in group], [row["error_frobenius"] for row in group]
         axes.plot(*points, "D" if ours else "o", ms=9 if ours else 6.5, color=color, mfc="none" if bare else color)
         ms, error = (min(values) for values in points)
-        beside(axes, ", ".join(map(label, group)), ms, error, color, left=ms > 0.3, weight="bold" if ours else "normal")
+        beside(
+            axes, ", ".join(map(name_of, group)), ms, error, color, left=ms > 0.3, weight="bold" if ours else "normal"
+        )
     axes.set_xlim(0.15, 3.3)
     axes.set_ylim(3e-8, 1e-3)
     ticks = (0.2, 0.3, 0.5, 1, 2, 3)

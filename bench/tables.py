@@ -33,10 +33,14 @@ def table(header, rows):
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 
+def label(row):
+    return LABELS.get(row["name"], row["name"]) + (f" ({row['kernel']})" if row["kernel"] else "")
+
+
 def times(rows, full):
     body = []
     for row in rows:
-        cells = [LABELS.get(row["name"], row["name"]) + (f" ({row['kernel']})" if row["kernel"] else "")]
+        cells = [label(row)]
         cells += [f"{row[key]:.3f}" for key in (("ms", "p10", "p90") if full else ("ms",))] + [f"{row['speedup']:.2f}×"]
         cells += [f"{row['ratio_to_fp16']:.2f}"] if full else []
         cells += [error(row["error_frobenius"]), error(row["error_componentwise"])]
