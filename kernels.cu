@@ -62,16 +62,24 @@ static bool aligned16(const void* a, const void* b, const void* c) {
 
 // ---------------------------------------------------------------------------- the epilogue's mathematics
 
-// The one place where the activation is written down; every kernel calls these two.
-__device__ __forceinline__ float sigmoid(float z) {
+// The one place where the activation is written down; every kernel calls these two. kFast: for results of 16 bits, whose
+// rounding hides an error of |z| * 2^-24 in exp(-z).
+template <bool kFast = false> __device__ __forceinline__ float sigmoid(float z) {
+  float power, reciprocal;
+  if (kFast)
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(z * -1.44269504f));  // -log2(e)
+  else
+    power = expf(-z);
   // MUFU.RCP is within 1 ulp on [1, inf); an IEEE division would cost ten instructions for half an ulp.
-  float reciprocal;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(1.0f + expf(-z)));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(1.0f + power));
   return reciprocal;
 }
 __device__ __forceinline__ double sigmoid(double z) { return 1.0 / (1.0 + exp(-z)); }
 
-template <typename C> __device__ __forceinline__ C sigmoid_residual(C z, C scale) { return z + scale * sigmoid(z); }
+template <bool kFast = false> __device__ __forceinline__ float sigmoid_residual(float z, float scale) {
+  return z + scale * sigmoid<kFast>(z);
+}
+__device__ __forceinline__ double sigmoid_residual(double z, double scale) { return z + scale * sigmoid(z); }
 
 // d out / d z
 template <typename C> __device__ __forceinline__ C sigmoid_residual_derivative(C z, C scale) {
@@ -292,24 +300,57 @@ template <int kPending> __device__ __forceinline__ void wgmma_wait_group() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// d [64, 128] (+)= a [64, 16] * b [16, 128]: a in registers, b in shared memory (K-major); `accumulate` 0 overwrites d.
+// wgmma: d [64, kN] (+)= a [64, 16] * b [16, kN], float32 sums. b, and a where it is not in registers, lie in shared
+// memory, K-major, and are given by their descriptors; `accumulate` 0 overwrites d. T: __half or __nv_bfloat16.
+template <int kN> struct Wgmma;
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
-__device__ __forceinline__ void wgmma_m64n128k16_f32_f16(float (&d)[64], const uint32_t* a, uint64_t b,
-                                                         int accumulate) {
-  asm volatile(
-      "{\n .reg .pred p;\n setp.ne.b32 p, %69, 0;\n"
-      " wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16"
-      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
-      " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31,"
-      " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"
-      " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63},"
-      " {%64, %65, %66, %67}, %68, p, 1, 1, 0;\n}"
-      : D16(0), D16(16), D16(32), D16(48)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
-}
-#undef D16
-#undef D4
+#define D8(i) D4(i), D4(i + 4)
+#define D16(i) D8(i), D8(i + 8)
+#define D32(i) D16(i), D16(i + 16)
+#define D64(i) D32(i), D32(i + 32)
+#define D128(i) D64(i), D64(i + 64)
+#define NAMES8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define NAMES16 NAMES8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define NAMES32 NAMES16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES64                                                                                                    \
+  NAMES32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
+          "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAMES128                                                                                                       \
+  NAMES64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "     \
+          "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, "   \
+          "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, "     \
+          "%121, %122, %123, %124, %125, %126, %127"
+// kRegisters: of d, which are the first operands; i0 to i5: the numbers of those that follow.
+#define DEFINE_WGMMA(kN, kRegisters, i0, i1, i2, i3, i4, i5)                                                          \
+  template <> struct Wgmma<kN> {                                                                                      \
+    static __device__ __forceinline__ void multiply(float* d, const uint32_t* a, uint64_t b, int accumulate) {        \
+      asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #i5 ", 0;\n"                                                \
+                   " wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32.f16.f16 {" NAMES##kRegisters                     \
+                   "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4 ", p, 1, 1, 0;\n}"                            \
+                   : D##kRegisters(0)                                                                                 \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                            \
+    }                                                                                                                 \
+    template <typename T> static __device__ __forceinline__ void multiply(float* d, uint64_t a, uint64_t b,           \
+                                                                          int accumulate) {                           \
+      if constexpr (std::is_same_v<T, __half>)                                                                        \
+        asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #i2 ", 0;\n"                                              \
+                     " wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32.f16.f16 {" NAMES##kRegisters                   \
+                     "}, %" #i0 ", %" #i1 ", p, 1, 1, 0, 0;\n}"                                                       \
+                     : D##kRegisters(0)                                                                               \
+                     : "l"(a), "l"(b), "r"(accumulate));                                                              \
+      else                                                                                                            \
+        asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #i2 ", 0;\n"                                              \
+                     " wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32.bf16.bf16 {" NAMES##kRegisters                 \
+                     "}, %" #i0 ", %" #i1 ", p, 1, 1, 0, 0;\n}"                                                       \
+                     : D##kRegisters(0)                                                                               \
+                     : "l"(a), "l"(b), "r"(accumulate));                                                              \
+    }                                                                                                                 \
+  };
+DEFINE_WGMMA(16, 8, 8, 9, 10, 11, 12, 13)
+DEFINE_WGMMA(32, 16, 16, 17, 18, 19, 20, 21)
+DEFINE_WGMMA(64, 32, 32, 33, 34, 35, 36, 37)
+DEFINE_WGMMA(128, 64, 64, 65, 66, 67, 68, 69)
+DEFINE_WGMMA(256, 128, 128, 129, 130, 131, 132, 133)
 
 // Barrier `id` of the block, for `threads` threads in all: those that wait at it and those that only arrive.
 __device__ __forceinline__ void bar_sync(int id, int threads) {
@@ -329,6 +370,30 @@ __device__ __forceinline__ uint32_t cluster_ctarank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
+__device__ __forceinline__ uint32_t cluster_nctarank() {
+  uint32_t blocks;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  return blocks;
+}
+// The address of the same shared-memory offset in another block of the cluster.
+__device__ __forceinline__ uint32_t mapa(uint32_t address, uint32_t block) {
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(block));
+  return remote;
+}
+__device__ __forceinline__ float ld_shared_cluster(uint32_t address) {
+  float v;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(address));
+  return v;
+}
+__device__ __forceinline__ void st_shared(uint32_t address, float v) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
+}
+// v itself, of which the compiler knows nothing.
+__device__ __forceinline__ uint32_t opaque(uint32_t v) {
+  asm volatile("mov.b32 %0, %0;" : "+r"(v));
+  return v;
+}
 __device__ __forceinline__ void barrier_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -341,60 +406,91 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 
 #endif  // HAS_SM90A
 
-// ---------------------------------------------------------------------------- float32 from three fp16 products
+// ---------------------------------------------------------------------------- the fused layer on Hopper's tensor cores
 //
-// Precision. A float32 number a is scaled by a power of two (exact) and written as hi + lo, two fp16 numbers of 11
-// significant bits each: hi = fp16(a), lo = fp16(a - hi). Then a*b = hi*hi + hi*lo + lo*hi, and what is dropped,
-// lo*lo and the rest below lo, is at most 2^-21 of the product. (Markidis et al. 2018; Ootomo and Yokota 2022.)
-//   Range: the scale puts the largest |a| that shares it into [2^14, 2^15), so that lo keeps all its bits for every
-//     number down to 2^-17 of the largest, and what is lost below that is at most 2^-39 of the largest. x has one scale
-//     a row, W one for every row and block of 64 k. Where few entries of a row of x stand out (see Outliers) they
-//     are multiplied apart, in float32, and do not count.
-//   Accumulation: the tensor core truncates when it adds to its float32 accumulator. So it only ever adds one block
-//     of 64 k to a fresh `partial`; the partial is scaled back (exact) and added to `total` by an ordinary fma.
+// The kernel computes out transposed, [64 n, rows of x] at a time for each of two consumer warpgroups, with wgmma's
+//   A = W [64 n, 16 k], B = x [rows, 16 k]. There are four kinds of operands:
 //
-// Data flow. The kernel computes out transposed, [64 n, 128 m] at a time for a consumer warpgroup, with wgmma's
-//   A = W, from registers: TMA brings W as float32 to shared memory, each thread loads its part of the fragment,
-//       finds the scale with its three neighbours, splits. Nothing about W is stored outside the kernel.
-//   B = x, from shared memory, as hi and lo: split_x_kernel wrote both before, with the row's scale.
-// Tile. A block computes 128 columns of out, half of them each consumer warpgroup, and one or two panels of 128 rows.
-//   With two, W is loaded and split once for 256 rows of x, in registers that then leave no room for the next block.
-// Warps. One producer thread issues TMA for W, one for x. Two consumer warpgroups take turns with the tensor cores;
-//   each adds up its partials in the other's turn. There W is split too where a tile has two panels; with one, it is
-//   split while the warpgroup's own products run.
+//   kSplit    float32 at full precision. A float32 number a is scaled by a power of two (exact) and written as hi + lo,
+//             two fp16 numbers of 11 significant bits each: hi = fp16(a), lo = fp16(a - hi). Then
+//             a*b = hi*hi + hi*lo + lo*hi, and what is dropped, lo*lo and the rest below lo, is at most 2^-21 of the
+//             product. (Markidis et al. 2018; Ootomo and Yokota 2022.)
+//     Range: the scale puts the largest |a| that shares it into [2^14, 2^15), so that lo keeps all its bits for every
+//       number down to 2^-17 of the largest, and what is lost below that is at most 2^-39 of the largest. x has one
+//       scale a row, W one for every row and block of 64 k. Where few entries of a row of x stand out (see Outliers)
+//       they are multiplied apart, in float32, and do not count.
+//     Accumulation: the tensor core truncates when it adds to its float32 accumulator. So it only ever adds one block
+//       of 64 k to a fresh `partial`; the partial is scaled back (exact) and added to `total` by an ordinary fma.
+//   kRounded  float32 where PyTorch allows TF32: hi alone, one product, as precise as TF32 at twice its rate. The tensor
+//             core adds up all of K. W has one scale a row, which only ever shrinks: where a block of k brings a larger
+//             entry, the sums so far are scaled down with it.
+//   kStaged   the same from a copy of W that is rounded beforehand, with one scale a row.
+//   kNative   float16 or bfloat16 as they are.
+//
+// Data flow. W as float32 comes by TMA to shared memory, from where each thread loads its part of the fragment, finds
+//   the scale with its three neighbours and converts it: A is multiplied from registers, and nothing about W is stored
+//   outside the kernel. x is converted beforehand, by split_rows_kernel, and multiplied from shared memory. Where W has
+//   16 bits both are multiplied from shared memory.
+// Tile. A block computes 128 columns of out, half of them each consumer warpgroup, and kRows rows. A wgmma covers
+//   kPanelM of them: all, or with kSplit 128 of 256, in two panels. There W is loaded and split once for both, in
+//   registers that then leave no room for the next block.
+// Warps. One producer thread issues TMA for W, one for x. With kSplit the two consumer warpgroups take turns with the
+//   tensor cores; each adds up its partials in the other's turn. There W is split too where a tile has two panels; with
+//   one, it is split while the warpgroup's own products run.
 // Rings. W and x have a ring of shared-memory stages each, every stage with two barriers:
 //   full: bytes have landed -> consumers;  empty: every consumer warp that reads it is done -> producer.
-//   A W stage is free once it is in registers; an x stage once its products are finished.
-// Clusters. Two blocks side by side need the same x: each loads half of it, and TMA multicasts that to both, which
-//   halves what x costs the L2 cache. So the `empty` barrier of an x stage counts both blocks' consumer warps.
+//   W as float32 is free once it is in registers; all else once its products are finished.
+// Clusters. Where there are many rows, the two blocks of a cluster need the same x: each loads half of it, and TMA
+//   multicasts that to both, which halves what x costs the L2 cache. So the `empty` barrier of an x stage counts both
+//   blocks' consumer warps. Where there are few rows, the work is to read W, and tiles are fewer than SMs: the blocks of
+//   a cluster then share a tile, each takes a part of K, and they add up their sums through distributed shared memory,
+//   always in the same order.
 // Order of k. A product may sum k in any order if both operands agree. A thread loads W in 16 bytes, four
-//   consecutive k, where the fragment wants k = 2q, 2q+1, 2q+8, 2q+9 (q = lane % 4); so split_x_kernel stores each
+//   consecutive k, where the fragment wants k = 2q, 2q+1, 2q+8, 2q+9 (q = lane % 4); so split_rows_kernel stores each
 //   group of 16 k in the order 0 1 4 5 8 9 12 13 2 3 6 7 10 11 14 15.
 
-namespace fp16x3 {
+namespace hopper {
 
-constexpr int kPanelM = 128, kTileN = 128, kTileK = 64;
-constexpr int kWStageBytes = kTileN * kTileK * 4;  // float [2 halves of k][kTileN][32], 128-byte swizzle
-constexpr int kXPartBytes = kPanelM * kTileK * 2;  // half [kPanelM][kTileK], 128-byte swizzle
-constexpr int kXStageBytes = 2 * kXPartBytes;      // hi, lo
-constexpr int kCluster = 2;                        // blocks
+enum class Operands { kSplit, kRounded, kStaged, kNative };
+
+constexpr int kTileN = 128, kTileK = 64;
+constexpr int kMaxRows = 256;  // of any tile
 constexpr int kConsumerWarpgroups = kTileN / 64;
 constexpr int kThreads = 128 * (1 + kConsumerWarpgroups);
+[[maybe_unused]] constexpr int kConsumerThreads = 128 * kConsumerWarpgroups;
 [[maybe_unused]] constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
-// The compiler gives every thread 168 registers, the most that the register file allows for so many; what the
-// producers' warpgroup lets go of goes to the consumers.
-constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-static_assert(kProducerRegisters + kConsumerWarpgroups * kConsumerRegisters <= 168 * (1 + kConsumerWarpgroups),
-              "or the consumers would wait for registers for ever");
+constexpr int kMaxShared = 232448;  // bytes of a Hopper block
 
-// What a block computes: kPanels panels of 128 rows of x, by 128 rows of W.
-template <int kPanels_> struct Tile {
-  static constexpr int kPanels = kPanels_;
-  static constexpr int kRows = kPanels * kPanelM;
-  static constexpr int kWStages = kPanels == 1 ? 4 : 3, kXStages = kPanels == 1 ? 3 : 4;  // of x: each one panel
+// What a block computes, and how. Element: of x, W, bias and out.
+template <Operands kOperands_, typename Element_, int kRows_, bool kSplitK_> struct Tile {
+  using Element = Element_;
+  static constexpr Operands kOperands = kOperands_;
+  static constexpr int kRows = kRows_;
+  static constexpr bool kSplitK = kSplitK_;                      // a cluster's blocks share a tile, or else x
+  static constexpr int kSharers = kSplitK ? 1 : 2;               // blocks that load an x stage together
+  static constexpr int kPanels = kOperands == Operands::kSplit && kRows > 128 ? kRows / 128 : 1;
+  static constexpr int kPanelM = kRows / kPanels;                // columns of wgmma's B
+  static constexpr int kParts = kOperands == Operands::kSplit ? 2 : 1;  // hi, lo
+  static constexpr bool kIsFloat = std::is_same_v<Element, float>;
+  static constexpr bool kFromRegisters = kOperands == Operands::kSplit || kOperands == Operands::kRounded;  // wgmma's A
+  using WElement = std::conditional_t<kOperands == Operands::kStaged, __half, Element>;  // as it comes by TMA
+  static constexpr int kWBoxes = sizeof(WElement) / 2;            // of 128 bytes a row
+  static constexpr int kWStageBytes = kTileN * kTileK * int(sizeof(WElement));  // WElement [kWBoxes][kTileN][64 or 32]
+  static constexpr int kXPartBytes = kPanelM * kTileK * 2;       // half or Element [kPanelM][kTileK]
+  static constexpr int kXStageBytes = kParts * kXPartBytes;      // one panel
+  static constexpr int kSumBytes = kSplitK ? kRows * kTileN * 4 : 0;  // float [kRows / 2][kConsumerThreads]
+  static constexpr int kRoom = kMaxShared - kSumBytes - 1024;    // 1024: for barriers, and for alignment
+  static constexpr int kXStages = kPanels * std::min(12, kRoom / (kWStageBytes + kPanels * kXStageBytes));
+  static constexpr int kWStages = std::min(12, (kRoom - kXStages * kXStageBytes) / kWStageBytes);
   static constexpr int kBarrierBytes = 2 * (kWStages + kXStages) * 8;
-  static constexpr int kSharedBytes = kWStages * kWStageBytes + kXStages * kXStageBytes + kBarrierBytes;
-  static_assert(kSharedBytes <= 232448, "shared memory of a Hopper block");
+  static constexpr int kSharedBytes = kWStages * kWStageBytes + kXStages * kXStageBytes + kSumBytes + kBarrierBytes;
+  // The compiler gives every thread 168 registers, the most that the register file allows for so many threads; what the
+  // producers' warpgroup lets go of goes to the consumers.
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static_assert(kProducerRegisters + kConsumerWarpgroups * kConsumerRegisters <= 168 * (1 + kConsumerWarpgroups),
+                "or the consumers would wait for registers for ever");
+  static_assert(kXStages >= 2 && kWStages >= 2 && kSharedBytes <= kMaxShared);
+  static_assert(kXPartBytes / kSharers % 1024 == 0, "the swizzle repeats every 1024 bytes");
 };
 
 // The scale of a group of numbers, from the largest |a| among them: 2^(14 - exponent), at most 2^126 so that its
@@ -406,14 +502,16 @@ __device__ __forceinline__ float inverse_of(float scale) {
   return __uint_as_float((254u << 23) - __float_as_uint(scale));
 }
 
-// hi and lo of two numbers, packed as wgmma and shared memory want them: the first in the lower half.
+// Two scaled numbers in fp16, packed as wgmma and shared memory want them: the first in the lower half.
+__device__ __forceinline__ uint32_t round2(float a, float b, float scale) {
+  const __half2 h = __floats2half2_rn(a * scale, b * scale);
+  return *reinterpret_cast<const uint32_t*>(&h);
+}
+// hi and lo of them.
 __device__ __forceinline__ void split2(float a, float b, float scale, uint32_t& hi, uint32_t& lo) {
-  a *= scale;
-  b *= scale;
-  const __half2 h = __floats2half2_rn(a, b);
-  const float2 back = __half22float2(h);
-  const __half2 l = __floats2half2_rn(a - back.x, b - back.y);
-  hi = *reinterpret_cast<const uint32_t*>(&h);
+  hi = round2(a, b, scale);
+  const float2 back = __half22float2(*reinterpret_cast<const __half2*>(&hi));
+  const __half2 l = __floats2half2_rn(a * scale - back.x, b * scale - back.y);
   lo = *reinterpret_cast<const uint32_t*>(&l);
 }
 
@@ -425,32 +523,40 @@ struct Outliers {
   float value[kMax];
 };
 
-// What split_x_kernel makes of x [m, k]. One allocation, whose parts are 16-byte aligned.
-struct SplitX {
-  static constexpr int kRowsM = 2 * kPanelM;  // of the largest tile
-  int padded_k;                               // k up to whole blocks
-  __half *hi, *lo;                            // [m, padded_k], in the order of k described above
-  float* inverse_scale;                       // [m up to a multiple of kRowsM]; negative for a row with outliers
-  Outliers* outliers;                         // [m], where inverse_scale is negative
+// What split_rows_kernel makes of a matrix [m, k]. One allocation, whose parts are 128-byte aligned.
+struct SplitRows {
+  int padded_k;          // k up to whole blocks
+  __half *hi, *lo;       // [m, padded_k], in the order of k described above; lo is hi where there is one part
+  float* inverse_scale;  // [m up to a multiple of kMaxRows]; negative for a row with outliers
+  Outliers* outliers;    // [m], where inverse_scale is negative
 
-  __host__ __device__ SplitX(void* scratch, int64_t m, int64_t k)
+  __host__ __device__ SplitRows(void* scratch, int64_t m, int64_t k, int parts)
       : padded_k(int((k + kTileK - 1) / kTileK * kTileK)),
         hi(static_cast<__half*>(scratch)),
-        lo(hi + m * padded_k),
+        lo(hi + (parts - 1) * m * padded_k),
         inverse_scale(reinterpret_cast<float*>(lo + m * padded_k)),
         outliers(reinterpret_cast<Outliers*>(inverse_scale + padded_m(m))) {}
-  __host__ __device__ static int64_t padded_m(int64_t m) { return (m + kRowsM - 1) / kRowsM * kRowsM; }
-  static int64_t bytes(int64_t m, int64_t k) {
-    const SplitX split(nullptr, m, k);
-    return reinterpret_cast<uintptr_t>(split.outliers + m);
+  __host__ __device__ static int64_t padded_m(int64_t m) { return (m + kMaxRows - 1) / kMaxRows * kMaxRows; }
+  static int64_t bytes(int64_t m, int64_t k, int parts) {
+    const SplitRows split(nullptr, m, k, parts);
+    return (reinterpret_cast<uintptr_t>(split.outliers + m) + 127) / 128 * 128;
   }
 };
 
 constexpr int kSplitThreads = 256;
 
-// One block for each row of x, and for the rows missing to a multiple of SplitX::kRowsM.
+// Four numbers of a row of k, zeros behind. is_aligned: the row begins at a multiple of 16 bytes and k is one of 4.
+__device__ __forceinline__ float4 load_four(const float* row, int at, int k, bool is_aligned) {
+  if (is_aligned) return at < k ? *reinterpret_cast<const float4*>(row + at) : float4{0, 0, 0, 0};
+  return {at < k ? row[at] : 0, at + 1 < k ? row[at + 1] : 0, at + 2 < k ? row[at + 2] : 0, at + 3 < k ? row[at + 3] : 0};
+}
+
+// One block for each row of x [m, k] with row stride x_stride, and for the rows missing to a multiple of kMaxRows.
+// kParts: 2 for hi and lo, 1 for hi. kHasOutliers: whether they are set apart, as rows of x allow.
+template <int kParts, bool kHasOutliers>
 __global__ void __launch_bounds__(kSplitThreads)
-    split_x_kernel(const float* __restrict__ x, int64_t x_stride, const SplitX split, int m, int k) {
+    split_rows_kernel(const float* __restrict__ x, int64_t x_stride, const SplitRows split, int m, int k,
+                      bool is_aligned) {
 #ifdef HAS_SM90A
   griddepcontrol_launch_dependents();
   if (blockIdx.x >= m) {
@@ -458,7 +564,7 @@ __global__ void __launch_bounds__(kSplitThreads)
     return;
   }
   const float* row = x + blockIdx.x * x_stride;
-  auto load4 = [&](int at) { return at < k ? *reinterpret_cast<const float4*>(row + at) : float4{0, 0, 0, 0}; };
+  auto load4 = [&](int at) { return load_four(row, at, k, is_aligned); };
   constexpr int kStride = kSplitThreads * 4;
   constexpr int kHeld = 8;  // float4 a thread keeps between its sweeps over the row: all of it up to K = 8192
   float4 held[kHeld];
@@ -497,7 +603,7 @@ __global__ void __launch_bounds__(kSplitThreads)
   above = __reduce_add_sync(~0u, above);
   if (threadIdx.x % 32 == 0 && above > 0) atomicAdd(&outlier_count, above);
   largest_below = reduce_max(largest_below, of_warp[1]);
-  const bool has_outliers = outlier_count > 0 && outlier_count <= Outliers::kMax;
+  const bool has_outliers = kHasOutliers && outlier_count > 0 && outlier_count <= Outliers::kMax;
   __syncthreads();  // everyone has read the count, which now counts those found
   if (threadIdx.x == 0) outlier_count = 0;
   float scale = scale_of(has_outliers ? largest_below : largest);
@@ -520,16 +626,18 @@ __global__ void __launch_bounds__(kSplitThreads)
         entries[e] = 0;
       }
     }
+    const int q = at / 4 % 4;
+    const int64_t to = blockIdx.x * int64_t(split.padded_k) + at / 16 * 16 + (odd ? 8 : 0) + q / 2 * 4;
+    auto store_part = [&](__half* part, uint32_t first, uint32_t second) {
+      const uint32_t other = __shfl_xor_sync(~0u, odd ? first : second, 1);
+      if (at < split.padded_k)
+        *reinterpret_cast<uint2*>(part + to) = odd ? make_uint2(other, second) : make_uint2(first, other);
+    };
     uint32_t h[2], l[2];
     split2(v.x, v.y, scale, h[0], l[0]);
     split2(v.z, v.w, scale, h[1], l[1]);
-    const uint32_t h_other = __shfl_xor_sync(~0u, odd ? h[0] : h[1], 1),
-                   l_other = __shfl_xor_sync(~0u, odd ? l[0] : l[1], 1);
-    const int q = at / 4 % 4;
-    const int64_t to = blockIdx.x * int64_t(split.padded_k) + at / 16 * 16 + (odd ? 8 : 0) + q / 2 * 4;
-    if (at >= split.padded_k) return;
-    *reinterpret_cast<uint2*>(split.hi + to) = odd ? make_uint2(h_other, h[1]) : make_uint2(h[0], h_other);
-    *reinterpret_cast<uint2*>(split.lo + to) = odd ? make_uint2(l_other, l[1]) : make_uint2(l[0], l_other);
+    store_part(split.hi, h[0], h[1]);
+    if (kParts == 2) store_part(split.lo, l[0], l[1]);
   };
 #pragma unroll
   for (int i = 0; i < kHeld; ++i)
@@ -555,40 +663,44 @@ __global__ void __launch_bounds__(kSplitThreads)
 #endif
 }
 
-// Which tiles come when. A cluster's blocks have tiles side by side along n. Clusters are numbered along m first, in
-// groups of 1024 rows, then n: what runs at the same time shares W's tiles, which are the larger traffic, and the
-// group's part of x stays in the L2 cache.
+// Which tiles come when. Where blocks of a cluster share x they have tiles side by side along n. Clusters are numbered
+// along m first, in groups of 1024 rows, then n: what runs at the same time shares W's tiles, which are the larger
+// traffic, and the group's part of x stays in the L2 cache.
 template <typename T> struct TileScheduler {
   static constexpr int kGroupM = 1024 / T::kRows;
   int tiles_m, clusters_n;
 
   __host__ __device__ TileScheduler(int m, int n)
-      : tiles_m((m + T::kRows - 1) / T::kRows), clusters_n((n + kTileN * kCluster - 1) / (kTileN * kCluster)) {}
+      : tiles_m((m + T::kRows - 1) / T::kRows), clusters_n((n + kTileN * T::kSharers - 1) / (kTileN * T::kSharers)) {}
   __host__ __device__ int clusters() const { return tiles_m * clusters_n; }
 
 #ifdef HAS_SM90A
-  // This block's tiles one after the other: body(m0, n0) with the tile's first row and column of out.
-  template <typename Body> __device__ __forceinline__ void for_each_tile(uint32_t rank, Body body) const {
+  // The tiles of this block, which is number `rank` of its cluster's `blocks`, one after the other: body(m0, n0) with
+  // the tile's first row and column of out.
+  template <typename Body>
+  __device__ __forceinline__ void for_each_tile(uint32_t rank, uint32_t blocks, Body body) const {
     const int per_group = kGroupM * clusters_n;
 #pragma unroll 1
-    for (int index = blockIdx.x / kCluster; index < clusters(); index += gridDim.x / kCluster) {
+    for (int index = blockIdx.x / blocks; index < clusters(); index += gridDim.x / blocks) {
       const int first_m = index / per_group * kGroupM, size_m = min(kGroupM, tiles_m - first_m);
       const int tile_m = first_m + index % per_group % size_m, cluster_n = index % per_group / size_m;
-      body(tile_m * T::kRows, (cluster_n * kCluster + int(rank)) * kTileN);
+      body(tile_m * T::kRows, (cluster_n * T::kSharers + (T::kSplitK ? 0 : int(rank))) * kTileN);
     }
   }
 #endif
 };
 
 struct Arguments {
-  const float* x;     // [m, k], row stride x_stride
-  const float* w;     // [n, k], row stride w_stride
-  const float* bias;  // [n]
-  float* out;         // [m, n]
-  SplitX split;
+  const void* x;     // [m, k], row stride x_stride; x, w, bias, out and z of the tile's Element
+  const void* w;     // [n, k], row stride w_stride
+  const void* bias;  // [n]
+  void* out;         // [m, n]
+  void* z;           // [m, n], or null where it is not wanted
+  SplitRows x_split, w_split;  // of x where it is float32; of W with kStaged
   int64_t x_stride, w_stride;
   int m, n, k;
-  float scale;  // s
+  float scale;      // s
+  bool is_aligned;  // rows of x and W begin at multiples of 16 bytes, and k is one of 4
 };
 
 #ifdef HAS_SM90A
@@ -601,7 +713,8 @@ template <int kStages> struct Ring {
   }
 };
 
-// A thread's part of W in one block of 64 k: wgmma's four steps of 16 k, and the scales of its two rows, r and r + 8.
+// A thread's part of float32 W in one block of 64 k: wgmma's four steps of 16 k, and the scales of its two rows, r and
+// r + 8.
 struct WBlock {
   uint32_t step[4][8];  // as loaded: four consecutive k of row r, four of row r + 8; or split, see split_step
   float scale[2];
@@ -619,17 +732,14 @@ __device__ __forceinline__ void load_step(WBlock& block, int step, uint32_t addr
   }
 }
 
-// From the largest |w| of a row's 64: this thread's sixteen and its three neighbours'.
-__device__ __forceinline__ void find_scale(WBlock& block) {
+// For the largest |w| of a row's 64: this thread's sixteen and its three neighbours'. half: row r or r + 8.
+__device__ __forceinline__ float scale_of_row(const WBlock& block, int half) {
+  float largest = 0;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float largest = 0;
-#pragma unroll
-    for (int i = 0; i < 16; ++i) largest = fmaxf(largest, fabsf(__uint_as_float(block.step[i / 4][4 * half + i % 4])));
-    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-    block.scale[half] = scale_of(largest);
-  }
+  for (int i = 0; i < 16; ++i) largest = fmaxf(largest, fabsf(__uint_as_float(block.step[i / 4][4 * half + i % 4])));
+  largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+  largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+  return scale_of(largest);
 }
 
 // A step's part of operand A: the four registers of wgmma's 64 x 16 fragment, hi, then lo. `fragment` may be the step.
@@ -642,6 +752,14 @@ __device__ __forceinline__ void split_step(uint32_t (&fragment)[8], const WBlock
   }
 #pragma unroll
   for (int i = 0; i < 8; ++i) fragment[i] = parts[i];
+}
+// The same for hi alone.
+__device__ __forceinline__ void round_step(uint32_t (&fragment)[4], const WBlock& block, int step) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t* two = block.step[step] + 4 * (i % 2) + i / 2 * 2;
+    fragment[i] = round2(__uint_as_float(two[0]), __uint_as_float(two[1]), block.scale[i % 2]);
+  }
 }
 
 // sum + a * b, term by term as a plain float32 dot product does it.
@@ -658,15 +776,17 @@ constexpr uint64_t kDescriptorUpper = uint64_t(1024 >> 4 | 1 << 30) << 32;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
-    linear_kernel(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_hi_map,
+    linear_kernel(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_map,
                   const __grid_constant__ CUtensorMap x_lo_map, const __grid_constant__ Arguments args) {
 #ifdef HAS_SM90A
+  using Element = typename T::Element;
   constexpr int kPanels = T::kPanels, kWStages = T::kWStages, kXStages = T::kXStages;
   extern __shared__ __align__(1024) uint8_t shared_memory[];  // the swizzle repeats every 1024 bytes
-  const uint32_t w_stages = shared_address(shared_memory), x_stages = w_stages + kWStages * kWStageBytes;
-  const uint32_t w_full = x_stages + kXStages * kXStageBytes, w_empty = w_full + 8 * kWStages;
+  const uint32_t w_stages = shared_address(shared_memory), x_stages = w_stages + kWStages * T::kWStageBytes;
+  const uint32_t sums = x_stages + kXStages * T::kXStageBytes;  // where blocks of a cluster read each other's
+  const uint32_t w_full = sums + T::kSumBytes, w_empty = w_full + 8 * kWStages;
   const uint32_t x_full = w_empty + 8 * kWStages, x_empty = x_full + 8 * kXStages;
-  const uint32_t rank = cluster_ctarank();
+  const uint32_t rank = cluster_ctarank(), blocks = T::kSplitK ? cluster_nctarank() : T::kSharers;
   // Through a shuffle, so that the compiler knows it to be the same in the whole warp and keeps what follows from it
   // in uniform registers.
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
@@ -678,104 +798,126 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     for (int i = 0; i < kXStages; ++i) {
       mbarrier_init(x_full + 8 * i, 1);
-      mbarrier_init(x_empty + 8 * i, kConsumerWarps * kCluster);
+      mbarrier_init(x_empty + 8 * i, kConsumerWarps * T::kSharers);
     }
     fence_mbarrier_init();
     prefetch_tensormap(&w_map);
-    prefetch_tensormap(&x_hi_map);
+    prefetch_tensormap(&x_map);
     prefetch_tensormap(&x_lo_map);
   }
   __syncthreads();
-  barrier_cluster();
+  if (!T::kSplitK) barrier_cluster();  // before anything of another block's is touched
 
-  const int k_blocks = (args.k + kTileK - 1) / kTileK;
+  // This block's part of k, in blocks of 64.
+  const int all_blocks = (args.k + kTileK - 1) / kTileK;
+  const int k_begin = T::kSplitK ? int(int64_t(all_blocks) * rank / blocks) : 0;
+  const int k_end = T::kSplitK ? int(int64_t(all_blocks) * (rank + 1) / blocks) : all_blocks;
 
   if (warp < 4) {  // ------------------------------------------------------------ producer
-    setmaxnreg_dec<kProducerRegisters>();
+    setmaxnreg_dec<T::kProducerRegisters>();
     if (lane == 0 && warp < 2) {
       auto load_w = [&](int n0, int k_block, Ring<kWStages> ring) {
-        const uint32_t barrier = w_full + 8 * ring.stage, to = w_stages + ring.stage * kWStageBytes;
+        const uint32_t barrier = w_full + 8 * ring.stage, to = w_stages + ring.stage * T::kWStageBytes;
         mbarrier_wait(w_empty + 8 * ring.stage, ring.phase ^ 1);
-        mbarrier_arrive_expect_tx(barrier, kWStageBytes);
-        for (int half = 0; half < 2; ++half)
-          cp_async_bulk_tensor_2d(to + half * kTileN * 128, &w_map, k_block * kTileK + half * 32, n0, barrier,
-                                  1 << rank);
+        mbarrier_arrive_expect_tx(barrier, T::kWStageBytes);
+        for (int box = 0; box < T::kWBoxes; ++box)
+          cp_async_bulk_tensor_2d(to + box * kTileN * 128, &w_map, k_block * kTileK + box * 32, n0, barrier, 1 << rank);
       };
-      auto load_x = [&](int m0, int k_block, Ring<kXStages> ring) {  // this block's slice, for both blocks
-        constexpr int rows = kPanelM / kCluster;
+      auto load_x = [&](int m0, int k_block, Ring<kXStages> ring) {  // this block's slice, for all that share it
+        constexpr int rows = T::kPanelM / T::kSharers;
+        const int slice = T::kSplitK ? 0 : int(rank) * rows;
+        const uint16_t sharers = T::kSplitK ? 1 << rank : (1 << T::kSharers) - 1;
         const uint32_t barrier = x_full + 8 * ring.stage;
-        const uint32_t to = x_stages + ring.stage * kXStageBytes + rank * rows * 128;
+        const uint32_t to = x_stages + ring.stage * T::kXStageBytes + slice * 128;
         mbarrier_wait(x_empty + 8 * ring.stage, ring.phase ^ 1);
-        mbarrier_arrive_expect_tx(barrier, kXStageBytes);
-        for (int part = 0; part < 2; ++part)
-          cp_async_bulk_tensor_2d(to + part * kXPartBytes, part ? &x_lo_map : &x_hi_map, k_block * kTileK,
-                                  m0 + rank * rows, barrier, (1 << kCluster) - 1);
+        mbarrier_arrive_expect_tx(barrier, T::kXStageBytes);
+        for (int part = 0; part < T::kParts; ++part)
+          cp_async_bulk_tensor_2d(to + part * T::kXPartBytes, part ? &x_lo_map : &x_map, k_block * kTileK, m0 + slice,
+                                  barrier, sharers);
       };
 
       // Two threads, so that W may run ahead by its whole ring while x waits for a stage, and the other way round.
       if (warp == 0) {
         Ring<kWStages> ring;
-        TileScheduler<T>(args.m, args.n).for_each_tile(rank, [&](int m0, int n0) {
-          for (int k_block = 0; k_block < k_blocks; ++k_block, ring.advance()) load_w(n0, k_block, ring);
+        TileScheduler<T>(args.m, args.n).for_each_tile(rank, blocks, [&](int m0, int n0) {
+          for (int k_block = k_begin; k_block < k_end; ++k_block, ring.advance()) load_w(n0, k_block, ring);
         });
       } else {
         Ring<kXStages> ring;
-        griddepcontrol_wait();  // x is being split by the kernel before; W need not wait for it
-        TileScheduler<T>(args.m, args.n).for_each_tile(rank, [&](int m0, int n0) {
-          for (int k_block = 0; k_block < k_blocks; ++k_block)
+        griddepcontrol_wait();  // x is being split by the kernel before this one; W need not wait for it
+        TileScheduler<T>(args.m, args.n).for_each_tile(rank, blocks, [&](int m0, int n0) {
+          for (int k_block = k_begin; k_block < k_end; ++k_block)
 #pragma unroll 1
-            for (int panel = 0; panel < kPanels; ++panel, ring.advance()) load_x(m0 + panel * kPanelM, k_block, ring);
+            for (int panel = 0; panel < kPanels; ++panel, ring.advance()) load_x(m0 + panel * T::kPanelM, k_block, ring);
         });
       }
     }
+    __syncwarp();  // the other lanes have waited here
+    if (T::kSplitK) barrier_cluster();
   } else {  // ------------------------------------------------------------------- consumers
-    setmaxnreg_inc<kConsumerRegisters>();
+    setmaxnreg_inc<T::kConsumerRegisters>();
     griddepcontrol_wait();  // for inverse_scale
     const int consumer = warp / 4 - 1, r = lane / 4, q = lane % 4;
-    // The fragment's row r is W's row 0 4 1 5 2 6 3 7 of eight: the eight lanes that load 16 bytes together then
-    // touch all banks under the swizzle, where rows r and r + 1 would collide.
-    const int row = (warp - 4) * 16 + r / 2 + (r % 2) * 4;
-    const uint32_t w_address = w_stages + row * 128 + (q ^ row % 8) * 16;
+    // Float32 W: the fragment's row r is W's row 0 4 1 5 2 6 3 7 of eight: the eight lanes that load 16 bytes together
+    // then touch all banks under the swizzle, where rows r and r + 1 would collide.
+    auto row_of = [&](int r_) { return (warp - 4) * 16 + (T::kFromRegisters ? r_ / 2 + r_ % 2 * 4 : r_); };
 
-    // [16 groups of 8 m][row r, row r + 8][m = 2q, 2q + 1], written [16][4]
-    float partial[64], total[kPanels][64];
-    WBlock w;
+    // [groups of 8 m][row r, row r + 8][m = 2q, 2q + 1], written [4 * groups]
+    float total[T::kRows / 2];
     Ring<kWStages> w_ring;
     Ring<kXStages> x_ring;
-
     auto wait_for_w = [&] { mbarrier_wait(w_full + 8 * w_ring.stage, w_ring.phase); };
-    auto load_w = [&](int step) { load_step(w, step, w_address + w_ring.stage * kWStageBytes); };
-    auto find_scale_of_w = [&] {
-      find_scale(w);  // needs all that was loaded, so that the stage can be given back
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(w_empty + 8 * w_ring.stage);
-      w_ring.advance();
-    };
     auto wait_for_x = [&] { mbarrier_wait(x_full + 8 * x_ring.stage, x_ring.phase); };
-    auto release_x = [&] {
-      if (lane < kCluster) mbarrier_arrive_remote(x_empty + 8 * x_ring.stage, lane);
-      x_ring.advance();
+    auto release_w = [&](Ring<kWStages>& ring, bool is_read = true) {
+      if (lane == 0 && is_read) mbarrier_arrive(w_empty + 8 * ring.stage);
+      ring.advance();
     };
+    auto release_x = [&](Ring<kXStages>& ring) {
+      if (T::kSplitK && lane == 0) mbarrier_arrive(x_empty + 8 * ring.stage);
+      if (!T::kSplitK && lane < T::kSharers) mbarrier_arrive_remote(x_empty + 8 * ring.stage, lane);
+      ring.advance();
+    };
+
+    auto scale_total = [&](float row_r, float row_r8) {
+#pragma unroll
+      for (int i = 0; i < T::kRows / 2; ++i) total[i] *= i / 2 % 2 ? row_r8 : row_r;
+    };
+
+    // ---- float32 W, in registers
+    WBlock w;
+    const uint32_t w_address = w_stages + row_of(r) * 128 + (q ^ row_of(r) % 8) * 16;
+    auto load_w = [&](int step) { load_step(w, step, w_address + w_ring.stage * T::kWStageBytes); };
+    // The scales of what was loaded, after which the stage is given back. They need all of it, and the release is made to
+    // depend on them: issued right behind the loads, it would overtake those that wait behind queued wgmmas.
+    auto find_scales = [&](float (&scale)[2]) {
+      scale[0] = scale_of_row(w, 0), scale[1] = scale_of_row(w, 1);
+      const bool is_read = opaque(__float_as_uint(scale[0]) | __float_as_uint(scale[1])) != 0;  // always
+      __syncwarp();
+      release_w(w_ring, is_read);
+    };
+
+    // ---- kSplit: products of a block of W and a panel
+    float partial[T::kOperands == Operands::kSplit ? T::kPanelM / 2 : 1];
     auto multiply_step = [&](const uint32_t (&fragment)[8], int step) {
       // 16 k are 32 bytes, which is 2 in a descriptor.
-      const uint32_t x_hi = matrix_descriptor(x_stages + x_ring.stage * kXStageBytes) + 2 * step;
-      const uint32_t x_lo = x_hi + kXPartBytes / 16;
+      const uint32_t x_hi = matrix_descriptor(x_stages + x_ring.stage * T::kXStageBytes) + 2 * step;
+      const uint32_t x_lo = x_hi + T::kXPartBytes / 16;
       const uint32_t *hi = fragment, *lo = fragment + 4;
-      wgmma_m64n128k16_f32_f16(partial, lo, kDescriptorUpper | x_hi, step > 0);
-      wgmma_m64n128k16_f32_f16(partial, hi, kDescriptorUpper | x_lo, 1);
-      wgmma_m64n128k16_f32_f16(partial, hi, kDescriptorUpper | x_hi, 1);
+      Wgmma<T::kPanelM>::multiply(partial, lo, kDescriptorUpper | x_hi, step > 0);
+      Wgmma<T::kPanelM>::multiply(partial, hi, kDescriptorUpper | x_lo, 1);
+      Wgmma<T::kPanelM>::multiply(partial, hi, kDescriptorUpper | x_hi, 1);
       wgmma_commit_group();
     };
-    auto add_partial = [&](float (&to)[64], float scale_r, float scale_r8) {
+    auto add_partial = [&](float* to, float scale_r, float scale_r8) {
       const float inverse[2] = {inverse_of(scale_r), inverse_of(scale_r8)};
 #pragma unroll
-      for (int i = 0; i < 64; ++i) to[i] = fmaf(partial[i], inverse[i / 2 % 2], to[i]);
+      for (int i = 0; i < T::kPanelM / 2; ++i) to[i] = fmaf(partial[i], inverse[i / 2 % 2], to[i]);
     };
 
     // The two warpgroups take turns to begin a panel: while one is between two, with nothing in the tensor cores, the
     // other is not.
     const int my_turn = 1 + consumer, other_turn = 2 - consumer;
-    if (consumer == 1) bar_arrive(other_turn, 256);
+    if (T::kOperands == Operands::kSplit && consumer == 1) bar_arrive(other_turn, kConsumerThreads);
 
     // Tiles of one panel: a block of W, entered with its scale known and step 0 split. While the tensor cores multiply
     // one step, this warp splits the next and loads the next block into the registers that become free.
@@ -784,12 +926,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       const float scale[2] = {w.scale[0], w.scale[1]};
       wait_for_x();
       if (has_next) wait_for_w();
-      bar_sync(my_turn, 256);
+      bar_sync(my_turn, kConsumerThreads);
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
         wgmma_fence();
         multiply_step(fragments[step % 2], step);
-        if (step == 2) bar_arrive(other_turn, 256);
+        if (step == 2) bar_arrive(other_turn, kConsumerThreads);
         if (step < 3) {
           if (step > 0) wgmma_wait_group<1>();  // the step before, which read the other fragment, is done
           split_step(fragments[(step + 1) % 2], w, step + 1);
@@ -797,13 +939,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (has_next) load_w(step);
       }
       if (has_next) {
-        find_scale_of_w();
+        find_scales(w.scale);
         wgmma_wait_group<1>();
         split_step(fragments[0], w, 0);
       }
       wgmma_wait_group<0>();
-      release_x();
-      add_partial(total[0], scale[0], scale[1]);
+      release_x(x_ring);
+      add_partial(total, scale[0], scale[1]);
     };
 
     // Tiles of two panels: one panel times a block of W, which is split already. With the second panel each step's
@@ -814,11 +956,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       constexpr bool last = panel == 1;
       wait_for_x();
       if (last && has_next) wait_for_w();
-      bar_sync(my_turn, 256);
+      bar_sync(my_turn, kConsumerThreads);
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < 4; ++step) multiply_step(w.step[step], step);
-      bar_arrive(other_turn, 256);
+      bar_arrive(other_turn, kConsumerThreads);
       if (last) {
         wgmma_wait_group<3>();
         if (has_next) load_w(0);
@@ -828,153 +970,384 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (has_next) load_w(2);
       }
       wgmma_wait_group<0>();
-      release_x();
+      release_x(x_ring);
       if (last && has_next) load_w(3);
-      add_partial(total[panel], w.scale[0], w.scale[1]);
+      add_partial(total + panel * (T::kPanelM / 2), w.scale[0], w.scale[1]);
       if (last && has_next) {
-        find_scale_of_w();
+        find_scales(w.scale);
 #pragma unroll
         for (int step = 0; step < 4; ++step) split_step(w.step[step], w, step);
       }
     };
 
-    TileScheduler<T>(args.m, args.n).for_each_tile(rank, [&](int m0, int n0) {
+    auto multiply_split = [&] {
 #pragma unroll
-      for (int i = 0; i < 64 * kPanels; ++i) total[i / 64][i % 64] = 0;
+      for (int i = 0; i < T::kRows / 2; ++i) total[i] = 0;
       wait_for_w();
 #pragma unroll
       for (int step = 0; step < 4; ++step) load_w(step);
-      find_scale_of_w();
+      find_scales(w.scale);
       if constexpr (kPanels == 1) {
         split_step(fragments[0], w, 0);
 #pragma unroll 1
-        for (int left = k_blocks; left > 0; --left) multiply_block(left > 1);
+        for (int left = k_end - k_begin; left > 0; --left) multiply_block(left > 1);
       } else {
 #pragma unroll
         for (int step = 0; step < 4; ++step) split_step(w.step[step], w, step);
 #pragma unroll 1
-        for (int left = k_blocks; left > 0; --left) {
+        for (int left = k_end - k_begin; left > 0; --left) {
           multiply_panel(std::integral_constant<int, 0>(), left > 1);
           multiply_panel(std::integral_constant<int, 1>(), left > 1);
         }
       }
+    };
 
-      // Epilogue, one panel after the other in the same registers. Element i of this thread is at row m_of(i, q),
-      // column n_of(i, r): a store instruction of a warp fills whole 32-byte sectors of four rows.
-#pragma unroll 1
-      for (int panel = 0; panel < kPanels; ++panel, m0 += kPanelM) {
-        auto m_of = [&](int i, int q_) { return m0 + i / 4 * 8 + q_ * 2 + i % 2; };
-        auto n_of = [&](int i, int r_) { return n0 + (warp - 4) * 16 + r_ / 2 + (r_ % 2) * 4 + i / 2 % 2 * 8; };
-        auto out_of = [&](int i) { return args.out + int64_t(m_of(i, q)) * args.n + n_of(i, r); };
-        auto store = [&](int i, float product) {
-          *out_of(i) = sigmoid_residual(product + args.bias[n_of(i, r)], args.scale);
-        };
-        const float bias[2] = {n_of(0, r) < args.n ? args.bias[n_of(0, r)] : 0,
-                               n_of(2, r) < args.n ? args.bias[n_of(2, r)] : 0};
-        const float4 inverses = reinterpret_cast<const float4*>(args.split.inverse_scale + m0)[lane];
-        const float lowest = fminf(fminf(inverses.x, inverses.y), fminf(inverses.z, inverses.w));
-        if (__any_sync(~0u, lowest < 0)) {  // rows with outliers: add their products, in the scale of the row's others
-          const float* w_rows[2] = {args.w + min(n_of(0, r), args.n - 1) * args.w_stride,
-                                    args.w + min(n_of(2, r), args.n - 1) * args.w_stride};
+    // ---- kRounded: while a block is multiplied, the next one is loaded and rounded
+    auto multiply_rounded = [&] {
+      uint32_t rounded[2][4][4];  // one is multiplied while the other is made
+      Ring<kXStages> x_done = x_ring;
+      auto load_block = [&] {
+        wait_for_w();
 #pragma unroll
-          for (int i = 0; i < 64; ++i) {
-            const int m = m_of(i, q);
-            if (i / 2 % 2 || m >= args.m || args.split.inverse_scale[m] >= 0) continue;
-            const Outliers& outliers = args.split.outliers[m];
-            const float scale = inverse_of(-args.split.inverse_scale[m]);
+        for (int step = 0; step < 4; ++step) load_w(step);
+      };
+      // A block's larger entries may need smaller scales, by some factor: 1 mostly.
+      auto rescale = [&](float (&factor)[2]) {
+        float needed[2];
+        find_scales(needed);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          factor[half] = 1;
+          if (needed[half] >= w.scale[half]) continue;
+          needed[half] *= 0.25f;  // so that somewhat larger entries to come need no smaller scale
+          factor[half] = needed[half] * inverse_of(w.scale[half]);
+          w.scale[half] = needed[half];
+        }
+      };
+      auto round_block = [&](uint32_t (&fragments)[4][4]) {
+#pragma unroll
+        for (int step = 0; step < 4; ++step) round_step(fragments[step], w, step);
+      };
+      auto multiply_block = [&](auto parity, bool is_first, bool has_next) {
+        constexpr int now = decltype(parity)::value;
+        wait_for_x();
+        if (has_next) load_block();  // before this block's wgmmas, behind which it would wait
+        const uint32_t x = matrix_descriptor(x_stages + x_ring.stage * T::kXStageBytes);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < 4; ++step)
+          Wgmma<T::kPanelM>::multiply(total, rounded[now][step], kDescriptorUpper | (x + 2 * step), 1);
+        wgmma_commit_group();
+        x_ring.advance();
+        float factor[2];
+        if (has_next) rescale(factor);
+        wgmma_wait_group<1>();  // the block before, whose fragments and stage are then free
+        if (!is_first) release_x(x_done);
+        if (!has_next) return;
+        if (__any_sync(~0u, factor[0] != 1 || factor[1] != 1)) {
+          wgmma_wait_group<0>();
+          scale_total(factor[0], factor[1]);
+        }
+        round_block(rounded[1 - now]);
+      };
+      w.scale[0] = w.scale[1] = 0x1p126f;  // scale_of's largest
+      float factor[2];
+      load_block();
+      rescale(factor);
+      round_block(rounded[0]);
+#pragma unroll
+      for (int i = 0; i < T::kRows / 2; ++i) total[i] = 0;
 #pragma unroll 1
-            for (int j = 0; j < Outliers::kMax && outliers.k[j] >= 0; ++j) {
-              const float value = outliers.value[j] * scale;
-              total[0][i] = fmaf(value, w_rows[0][outliers.k[j]], total[0][i]);
-              total[0][i + 2] = fmaf(value, w_rows[1][outliers.k[j]], total[0][i + 2]);
-            }
+      for (int k_block = k_begin; k_block < k_end; k_block += 2) {
+        multiply_block(std::integral_constant<int, 0>(), k_block == k_begin, k_block + 1 < k_end);
+        if (k_block + 1 < k_end) multiply_block(std::integral_constant<int, 1>(), false, k_block + 2 < k_end);
+      }
+      wgmma_wait_group<0>();
+      release_x(x_done);
+      scale_total(inverse_of(w.scale[0]), inverse_of(w.scale[1]));
+    };
+
+    // ---- 16-bit W: both operands from shared memory; a block is released when the next one's products are issued
+    auto multiply_shared = [&] {
+      Ring<kWStages> w_done = w_ring;
+      Ring<kXStages> x_done = x_ring;
+#pragma unroll 1
+      for (int k_block = k_begin; k_block < k_end; ++k_block) {
+        wait_for_w();
+        wait_for_x();
+        const uint32_t a = matrix_descriptor(w_stages + w_ring.stage * T::kWStageBytes + consumer * (64 * 128));
+        const uint32_t x = matrix_descriptor(x_stages + x_ring.stage * T::kXStageBytes);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < 4; ++step)
+          Wgmma<T::kPanelM>::template multiply<typename T::WElement>(total, kDescriptorUpper | (a + 2 * step),
+                                                        kDescriptorUpper | (x + 2 * step),
+                                                        k_block > k_begin || step > 0);
+        wgmma_commit_group();
+        w_ring.advance();
+        x_ring.advance();
+        wgmma_wait_group<1>();
+        if (k_block == k_begin) continue;
+        release_w(w_done);
+        release_x(x_done);
+      }
+      wgmma_wait_group<0>();
+      release_w(w_done);
+      release_x(x_done);
+    };
+
+    TileScheduler<T>(args.m, args.n).for_each_tile(rank, blocks, [&](int m0, int n0) {
+      if constexpr (T::kOperands == Operands::kSplit) multiply_split();
+      if constexpr (T::kOperands == Operands::kRounded) multiply_rounded();
+      if constexpr (!T::kFromRegisters) multiply_shared();
+
+      constexpr int kRowsAtOnce = T::kRows < 128 ? T::kRows : 128;  // of float32 epilogues
+      // Epilogue. The thread's columns of out are n_of(r, 0) and n_of(r, 1).
+      const Element* all_bias = static_cast<const Element*>(args.bias);
+      Element* out = static_cast<Element*>(args.out);
+      Element* z = static_cast<Element*>(args.z);
+      auto n_of = [&](int r_, int half) { return n0 + row_of(r_) + half * 8; };
+      if (T::kOperands == Operands::kStaged)
+        scale_total(args.w_split.inverse_scale[n_of(r, 0)], args.w_split.inverse_scale[n_of(r, 1)]);
+      [[maybe_unused]] const bool is_whole = m0 + T::kRows <= args.m && n0 + kTileN <= args.n && args.n % 2 == 0;
+      float bias[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        bias[half] = n_of(r, half) < args.n ? to_compute(all_bias[n_of(r, half)]) : 0;
+
+      // Groups of 8 rows: four of a thread's elements, two rows of out from m = the group's first + 2q and two columns,
+      // as [column][row]. A warp's stores fill whole 32-byte sectors.
+      // Float32, rows with outliers: adds their products, in the scale of the row's others.
+      auto add_outliers = [&](int m, float* values) {
+        const float* all_w = static_cast<const float*>(args.w);
+        const float* w_rows[2] = {all_w + min(n_of(r, 0), args.n - 1) * args.w_stride,
+                                  all_w + min(n_of(r, 1), args.n - 1) * args.w_stride};
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float inverse = args.x_split.inverse_scale[m + e];
+          if (inverse >= 0) continue;
+          const Outliers& outliers = args.x_split.outliers[m + e];
+#pragma unroll 1
+          for (int j = 0; j < Outliers::kMax && outliers.k[j] >= 0; ++j) {
+            const float value = outliers.value[j] * inverse_of(-inverse);
+            values[e] = fmaf(value, w_rows[0][outliers.k[j]], values[e]);
+            values[e + 2] = fmaf(value, w_rows[1][outliers.k[j]], values[e + 2]);
           }
         }
-
-        // Pairs, of m = 2q and 2q + 1 in each group of 8.
-        const float2* inverse_scales = reinterpret_cast<const float2*>(args.split.inverse_scale + m0) + q;
-        float check = 0;  // NaN once a product is not finite
-        float* out = args.out + int64_t(m_of(0, q)) * args.n + n_of(0, r);
+      };
+      // Float32: stores act(z) for kGroups groups. check: NaN once a product is not finite.
+      auto store_float = [&](float* to, int m, const float* values, auto groups, auto act, float& check) {
+        const float2* inverses = reinterpret_cast<const float2*>(args.x_split.inverse_scale + m);
+        to += int64_t(m) * args.n + n_of(r, 0);
 #pragma unroll
-        for (int group = 0; group < 16; ++group, out += 8 * int64_t(args.n)) {
-          const float2 inverse = inverse_scales[4 * group];
+        for (int group = 0; group < decltype(groups)::value; ++group, to += 8 * int64_t(args.n)) {
+          const float2 inverse = inverses[4 * group];
 #pragma unroll
-          for (int i = 4 * group; i < 4 * group + 4; ++i) {
-            const float product = total[0][i] * fabsf(i % 2 ? inverse.y : inverse.x);
+          for (int e = 0; e < 4; ++e) {
+            const float product = values[4 * group + e] * fabsf(e % 2 ? inverse.y : inverse.x);
             check = fmaf(product, 0.0f, check);
-            const float value = sigmoid_residual(product + bias[i / 2 % 2], args.scale);
-            if (m_of(i, q) < args.m && n_of(i, r) < args.n) (i % 2 ? out + args.n : out)[i / 2 % 2 * 8] = value;
+            const float value = act(product + bias[e / 2]);
+            if (m + group * 8 + e % 2 < args.m && n_of(r, e / 2) < args.n)
+              (e % 2 ? to + args.n : to)[e / 2 * 8] = value;
           }
         }
-
-        // A product that is not finite may be so because of the splitting (Inf - Inf in lo, or an overflow of the
-        // scaled sum). Such elements are computed again as plain float32 dot products, which is what eager gives. Which
-        // they are is read from what was stored, so that no registers need be kept: an element not finite for another
-        // reason (bias, s) comes out as it was.
-        uint64_t not_finite = 0;
-        if (__any_sync(~0u, check != 0)) {
-#pragma unroll 4
-          for (int i = 0; i < 64; ++i)
-            if (m_of(i, q) < args.m && n_of(i, r) < args.n && !(fabsf(*out_of(i)) < INFINITY))
-              not_finite |= uint64_t(1) << i;
+      };
+      // 16 bits: the same. Neighbours along n exchange, so that each has two columns of one row: 4 bytes.
+      const bool odd = r % 2;
+      auto store_16bit = [&](Element* to, int m, const float* values, auto groups, auto act) {
+        constexpr int kGroups = decltype(groups)::value;
+        uint32_t both[kGroups][2];
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+          float v[4];
+#pragma unroll
+          for (int e = 0; e < 4; ++e) v[e] = act(values[4 * group + e] + bias[e / 2]);
+          const Vector<Element, 2> even_row = {from_compute<Element>(v[0]), from_compute<Element>(v[2])};
+          const Vector<Element, 2> odd_row = {from_compute<Element>(v[1]), from_compute<Element>(v[3])};
+          const uint32_t rows[2] = {reinterpret_cast<const uint32_t&>(even_row),
+                                    reinterpret_cast<const uint32_t&>(odd_row)};
+          const uint32_t kept = odd ? rows[1] : rows[0];
+          const uint32_t other = __shfl_xor_sync(~0u, odd ? rows[0] : rows[1], 4);
+          both[group][0] = __byte_perm(kept, other, odd ? 0x1054 : 0x5410);  // the even neighbour's is the lower half
+          both[group][1] = __byte_perm(kept, other, odd ? 0x3276 : 0x7632);
         }
-        const unsigned count = __reduce_add_sync(~0u, unsigned(__popcll(not_finite)));
-        if (count > 128) {  // many: every thread its own, 8 at a time, so that an operand loaded serves several
-#pragma unroll 1
-          for (int first = 0; first < 64; first += 8) {
-            float sum[8] = {};
-            const float* w_row = args.w + min(n_of(0, r), args.n - 1) * args.w_stride;
-            const int64_t w_next = (min(n_of(2, r), args.n - 1) - min(n_of(0, r), args.n - 1)) * args.w_stride;
-#pragma unroll 1
-            for (int k = 0; k < args.k; k += 4) {
-              const float4 a[2] = {*reinterpret_cast<const float4*>(w_row + k),
-                                   *reinterpret_cast<const float4*>(w_row + w_next + k)};
+        const int row = m + odd, n = n_of(r - odd, 0);
+        to += int64_t(row) * args.n + n;
+        if (is_whole) {
 #pragma unroll
-              for (int i = 0; i < 8; ++i) {
-                if (i / 2 % 2) continue;
-                const int m = min(m_of(first + i, q), args.m - 1);
-                const float4 b = *reinterpret_cast<const float4*>(args.x + m * args.x_stride + k);
+          for (int group = 0; group < kGroups; ++group, to += 8 * int64_t(args.n)) {
+            *reinterpret_cast<uint32_t*>(to) = both[group][0];
+            *reinterpret_cast<uint32_t*>(to + 8) = both[group][1];
+          }
+        } else {
 #pragma unroll
-                for (int half = 0; half < 2; ++half) sum[i + 2 * half] = add_dot(a[half], b, sum[i + 2 * half]);
+          for (int i = 0; i < 4 * kGroups; ++i) {
+            const int group = i / 4, half = i / 2 % 2, column = half * 8 + i % 2;
+            if (row + group * 8 < args.m && n + column < args.n)
+              to[group * 8 * int64_t(args.n) + column] = reinterpret_cast<const Element*>(&both[group][half])[i % 2];
+          }
+        }
+      };
+      auto identity = [](float value) { return value; };
+      auto act = [&](float value) { return sigmoid_residual<!T::kIsFloat>(value, args.scale); };
+      // m: the first group's first + 2q.
+      auto finish = [&](int m, float* values, auto groups, bool has_outliers, float& check) {
+        constexpr int kGroups = decltype(groups)::value;
+        if constexpr (T::kIsFloat) {
+          if (has_outliers)
+#pragma unroll
+            for (int group = 0; group < kGroups; ++group) add_outliers(m + group * 8, values + 4 * group);
+          if (z != nullptr) store_float(z, m, values, groups, identity, check);
+          store_float(out, m, values, groups, act, check);
+        } else {
+          constexpr int kBatch = std::integral_constant<int, kGroups < 4 ? kGroups : 4>::value;  // as registers allow
+#pragma unroll
+          for (int group = 0; group < kGroups; group += kBatch) {
+            const auto batch = std::integral_constant<int, kBatch>();
+            if (z != nullptr) store_16bit(z, m + group * 8, values + 4 * group, batch, identity);
+            store_16bit(out, m + group * 8, values + 4 * group, batch, act);
+          }
+        }
+      };
+      auto any_outliers = [&](int m_first) {  // among kRowsAtOnce rows
+        bool any = false;
+#pragma unroll
+        for (int row = 0; row < kRowsAtOnce; row += 32)
+          any |= args.x_split.inverse_scale[m_first + min(row + lane, kRowsAtOnce - 1)] < 0;
+        return __any_sync(~0u, any);
+      };
+
+      // A product that is not finite may be so because of the conversion (Inf - Inf in lo, or an overflow of the scaled
+      // sum). Such elements are computed again as plain float32 dot products, which is what eager gives. Which they are
+      // is read from what was stored, so that no registers need be kept: an element not finite for another reason
+      // (bias, s) comes out as it was. Of up to 128 rows from m_first, groups of 8 from first_group to last_group - 1.
+      auto recompute = [&](int m_first, int first_group, int last_group, float check) {
+        if constexpr (T::kIsFloat) {
+          constexpr int kElements = kRowsAtOnce / 2;
+          const float* all_x = static_cast<const float*>(args.x);
+          const float* all_w = static_cast<const float*>(args.w);
+          const bool is_aligned = T::kFromRegisters || args.is_aligned;
+          auto m_of = [&](int i, int q_) { return m_first + i / 4 * 8 + q_ * 2 + i % 2; };
+          auto at = [&](int i) { return int64_t(m_of(i, q)) * args.n + n_of(r, i / 2 % 2); };
+          auto store = [&](int i, float product) {
+            const float value = product + (i / 2 % 2 ? bias[1] : bias[0]);
+            if (z != nullptr) z[at(i)] = value;
+            out[at(i)] = sigmoid_residual(value, args.scale);
+          };
+          uint64_t not_finite = 0;
+          if (__any_sync(~0u, check != 0)) {
+#pragma unroll 4
+            for (int i = 0; i < kElements; ++i)
+              if (i / 4 >= first_group && i / 4 < last_group && m_of(i, q) < args.m && n_of(r, i / 2 % 2) < args.n &&
+                  !(fabsf(out[at(i)]) < INFINITY))
+                not_finite |= uint64_t(1) << i;
+          }
+          const unsigned count = __reduce_add_sync(~0u, unsigned(__popcll(not_finite)));
+          if (count > 128) {  // many: every thread its own, 8 at a time, so that an operand loaded serves several
+#pragma unroll 1
+            for (int first = 0; first < kElements; first += 8) {
+              float sum[8] = {};
+              const float* w_row = all_w + min(n_of(r, 0), args.n - 1) * args.w_stride;
+              const int64_t w_next = (min(n_of(r, 1), args.n - 1) - min(n_of(r, 0), args.n - 1)) * args.w_stride;
+#pragma unroll 1
+              for (int k = 0; k < args.k; k += 4) {
+                const float4 a[2] = {load_four(w_row, k, args.k, is_aligned),
+                                     load_four(w_row + w_next, k, args.k, is_aligned)};
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                  if (i / 2 % 2) continue;
+                  const int m = min(m_of(first + i, q), args.m - 1);
+                  const float4 b = load_four(all_x + m * args.x_stride, k, args.k, is_aligned);
+#pragma unroll
+                  for (int half = 0; half < 2; ++half) sum[i + 2 * half] = add_dot(a[half], b, sum[i + 2 * half]);
+                }
+              }
+#pragma unroll
+              for (int i = 0; i < 8; ++i)
+                if (not_finite >> (first + i) & 1) store(first + i, sum[i]);
+            }
+          } else if (count > 0) {  // few: the warp computes one after the other
+            for (unsigned lanes; (lanes = __ballot_sync(~0u, not_finite != 0)) != 0;) {
+              const int owner = __ffs(lanes) - 1;
+              const int i = __shfl_sync(~0u, __ffsll(not_finite) - 1, owner);
+              const float* w_row = all_w + n_of(owner / 4, i / 2 % 2) * args.w_stride;
+              const float* x_row = all_x + m_of(i, owner % 4) * args.x_stride;
+              float sum = 0;
+              for (int k = lane * 4; k < args.k; k += 128) {
+                sum = add_dot(load_four(w_row, k, args.k, is_aligned), load_four(x_row, k, args.k, is_aligned), sum);
+              }
+              for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+              if (lane == owner) {
+                store(i, sum);
+                not_finite &= not_finite - 1;
               }
             }
-#pragma unroll
-            for (int i = 0; i < 8; ++i)
-              if (not_finite >> (first + i) & 1) store(first + i, sum[i]);
-          }
-        } else if (count > 0) {  // few: the warp computes one after the other
-          for (unsigned lanes; (lanes = __ballot_sync(~0u, not_finite != 0)) != 0;) {
-            const int owner = __ffs(lanes) - 1;
-            const int i = __shfl_sync(~0u, __ffsll(not_finite) - 1, owner);
-            const float* w_row = args.w + n_of(i, owner / 4) * args.w_stride;
-            const float* x_row = args.x + m_of(i, owner % 4) * args.x_stride;
-            float sum = 0;
-            for (int k = lane * 4; k < args.k; k += 128) {
-              const float4 a = *reinterpret_cast<const float4*>(w_row + k);
-              const float4 b = *reinterpret_cast<const float4*>(x_row + k);
-              sum = add_dot(a, b, sum);
-            }
-            for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-            if (lane == owner) {
-              store(i, sum);
-              not_finite &= not_finite - 1;
-            }
           }
         }
+      };
+
+      if constexpr (T::kSplitK) {
+        // Every block adds up what all have for some groups of rows, in the order of k.
+        const uint32_t mine = sums + 4 * (threadIdx.x - (kThreads - kConsumerThreads));
 #pragma unroll
-        for (int i = 0; i < 64; ++i) total[0][i] = total[kPanels - 1][i];
+        for (int i = 0; i < T::kRows / 2; ++i) st_shared(mine + i * (4 * kConsumerThreads), total[i]);
+        barrier_cluster();
+        constexpr int kGroups = T::kRows / 8, kBatch = kGroups < 4 ? kGroups : 4;
+        const int per_block = (kGroups + int(blocks) - 1) / int(blocks);
+        const int first = int(rank) * per_block, last = min(first + per_block, kGroups);
+        float check = 0;
+        const bool has_outliers = T::kIsFloat && any_outliers(m0);
+#pragma unroll 1
+        for (int group = first; group < last; group += kBatch) {
+          float values[4 * kBatch] = {};
+#pragma unroll 2
+          for (uint32_t other = 0; other < blocks; ++other) {
+            float part[4 * kBatch];  // loads of a batch are in flight together; behind the last group: anything
+#pragma unroll
+            for (int i = 0; i < 4 * kBatch; ++i)
+              part[i] = ld_shared_cluster(
+                  mapa(mine + (4 * min(group + i / 4, kGroups - 1) + i % 4) * (4 * kConsumerThreads), other));
+#pragma unroll
+            for (int i = 0; i < 4 * kBatch; ++i) values[i] += part[i];
+          }
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i)
+            if (group + i < last)
+              finish(m0 + (group + i) * 8 + 2 * q, values + 4 * i, std::integral_constant<int, 1>(), has_outliers,
+                     check);
+        }
+        recompute(m0, first, last, check);
+      } else if constexpr (T::kIsFloat) {
+        // 128 rows after the other, in the same registers.
+#pragma unroll 1
+        for (int first = 0; first < T::kRows; first += 128) {
+          float check = 0;
+          finish(m0 + first + 2 * q, total, std::integral_constant<int, 16>(), any_outliers(m0 + first), check);
+          recompute(m0 + first, 0, 16, check);
+#pragma unroll
+          for (int i = 0; i < 64; ++i) total[i] = total[T::kRows / 2 - 64 + i];
+        }
+      } else {
+        float unused = 0;
+        finish(m0 + 2 * q, total, std::integral_constant<int, T::kRows / 8>(), false, unused);
       }
     });
-    if (consumer == 0) bar_sync(my_turn, 256);  // takes the last turn, so that the barrier ends as it began
+    if (T::kOperands == Operands::kSplit && consumer == 0)
+      bar_sync(my_turn, kConsumerThreads);  // takes the last turn, so that the barrier ends as it began
   }
-  __syncwarp();       // the producers' other lanes have waited here
-  barrier_cluster();  // no block may end while another still multicasts to it or arrives on its barriers
+  // No block may end while another still multicasts to it, arrives on its barriers or reads its sums.
+  barrier_cluster();
 #endif
 }
 
+template <typename T> constexpr CUtensorMapDataType kTensorMapType = CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+template <> constexpr CUtensorMapDataType kTensorMapType<__half> = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+template <> constexpr CUtensorMapDataType kTensorMapType<__nv_bfloat16> = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+
 // A tensor map over a row-major 2-d tensor, boxes of `box_rows` rows of 128 bytes, 128-byte swizzle, zeros outside.
-static cudaError_t encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, int element_bytes, const void* base,
-                                     int64_t rows, int64_t cols, int64_t row_stride, int box_rows) {
+template <typename T>
+static cudaError_t encode_tensor_map(CUtensorMap* map, T* base, int64_t rows, int64_t cols, int64_t row_stride,
+                                     int box_rows) {
   // Through the runtime, so that libcuda need not be linked.
   static const auto encode = [] {
     void* function = nullptr;
@@ -986,12 +1359,21 @@ static cudaError_t encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type,
   }();
   if (encode == nullptr) return cudaErrorNotSupported;
   const cuuint64_t sizes[2] = {cuuint64_t(cols), cuuint64_t(rows)};
-  const cuuint64_t strides[1] = {cuuint64_t(row_stride) * element_bytes};
-  const cuuint32_t box[2] = {128u / element_bytes, cuuint32_t(box_rows)}, element_strides[2] = {1, 1};
+  const cuuint64_t strides[1] = {cuuint64_t(row_stride) * sizeof(T)};
+  const cuuint32_t box[2] = {128u / sizeof(T), cuuint32_t(box_rows)}, element_strides[2] = {1, 1};
   const CUresult result =
-      encode(map, type, 2, const_cast<void*>(base), sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encode(map, kTensorMapType<std::remove_const_t<T>>, 2, const_cast<std::remove_const_t<T>*>(base), sizes, strides,
+             box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+template <int kParts, bool kHasOutliers>
+static cudaError_t launch_split_rows(const void* from, int64_t stride, const SplitRows& to, int rows, int k,
+                                     bool is_aligned, cudaStream_t stream) {
+  split_rows_kernel<kParts, kHasOutliers><<<unsigned(SplitRows::padded_m(rows)), kSplitThreads, 0, stream>>>(
+      static_cast<const float*>(from), stride, to, rows, k, is_aligned);
+  return cudaGetLastError();
 }
 
 // A launch of linear_kernel<T>. Its attributes are part of it: not to be copied.
@@ -999,72 +1381,124 @@ template <typename T> struct Launch {
   cudaLaunchConfig_t config = {};
   cudaLaunchAttribute attributes[2] = {};
 
-  explicit Launch(int clusters, cudaStream_t stream = nullptr) {
+  Launch(int clusters, int blocks_per_cluster, cudaStream_t stream = nullptr) {
     attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim = {kCluster, 1, 1};
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;  // start while split_x_kernel runs out
+    attributes[0].val.clusterDim = {unsigned(blocks_per_cluster), 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;  // start while split_rows_kernel runs out
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    config.gridDim = unsigned(clusters) * kCluster;
+    config.gridDim = unsigned(clusters) * blocks_per_cluster;
     config.blockDim = kThreads;
     config.dynamicSmemBytes = T::kSharedBytes;
     config.stream = stream;
     config.attrs = attributes;
-    config.numAttrs = 2;
+    config.numAttrs = T::kOperands == Operands::kNative ? 1 : 2;
   }
   Launch(const Launch&) = delete;
 };
 
-// How many clusters the device holds at once; also allows the kernel its shared memory there. Asked once a device.
+// How many clusters that share x the device holds at once; also allows the kernel its shared memory there. Asked once a
+// device.
 template <typename T> static cudaError_t resident_clusters(int device, int* clusters) {
   static std::atomic<int> known[64];
   if (device < 64 && (*clusters = known[device].load()) > 0) return cudaSuccess;
   const auto kernel = linear_kernel<T>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes);
   if (error != cudaSuccess) return error;
-  const Launch<T> launch(1);
+  const Launch<T> launch(1, T::kSharers);
   error = cudaOccupancyMaxActiveClusters(clusters, kernel, &launch.config);
   if (error == cudaSuccess && *clusters == 0) error = cudaErrorInvalidConfiguration;
   if (error == cudaSuccess && device < 64) known[device].store(*clusters);
   return error;
 }
 
-template <typename T>
-static cudaError_t launch_linear(const Arguments& args, int resident, const CUtensorMap& w_map,
-                                 const CUtensorMap& x_hi_map, const CUtensorMap& x_lo_map, cudaStream_t stream) {
-  const Launch<T> launch(std::min(resident, TileScheduler<T>(args.m, args.n).clusters()), stream);
-  const cudaError_t error = cudaLaunchKernelEx(&launch.config, linear_kernel<T>, w_map, x_hi_map, x_lo_map, args);
+// splits: blocks that share a tile, each with a part of K; 0 where they share x.
+template <Operands kOperands, typename Element, int kRows, bool kSplitK>
+static cudaError_t launch(const Arguments& args, int splits, int device, cudaStream_t stream) {
+  using T = Tile<kOperands, Element, kRows, kSplitK>;
+  cudaError_t error = cudaSuccess;
+  // First, so that the GPU has work while the host prepares the rest.
+  if constexpr (kOperands == Operands::kStaged)
+    error = launch_split_rows<1, false>(args.w, args.w_stride, args.w_split, args.n, args.k, args.is_aligned, stream);
+  if constexpr (T::kIsFloat)
+    if (error == cudaSuccess)
+      error = launch_split_rows<T::kParts, true>(args.x, args.x_stride, args.x_split, args.m, args.k, args.is_aligned,
+                                                 stream);
+  CUtensorMap w_map, x_map, x_lo_map;
+  const auto encode = [&](CUtensorMap* map, auto* base, int rows, int k, int64_t stride, int box_rows) {
+    if (error == cudaSuccess) error = encode_tensor_map(map, base, rows, k, stride, box_rows);
+  };
+  const SplitRows &x = args.x_split, &w = args.w_split;
+  constexpr int x_rows = T::kPanelM / T::kSharers;
+  if constexpr (kOperands == Operands::kStaged)
+    encode(&w_map, w.hi, args.n, w.padded_k, w.padded_k, kTileN);
+  else
+    encode(&w_map, static_cast<const Element*>(args.w), args.n, args.k, args.w_stride, kTileN);
+  if constexpr (T::kIsFloat) {
+    encode(&x_map, x.hi, args.m, x.padded_k, x.padded_k, x_rows);
+    encode(&x_lo_map, x.lo, args.m, x.padded_k, x.padded_k, x_rows);
+  } else {
+    encode(&x_map, static_cast<const Element*>(args.x), args.m, args.k, args.x_stride, x_rows);
+    x_lo_map = x_map;
+  }
+  int resident;
+  if (error == cudaSuccess) error = resident_clusters<T>(device, &resident);
+  if (error != cudaSuccess) return error;
+  const int clusters = TileScheduler<T>(args.m, args.n).clusters();
+  const Launch<T> launch(kSplitK ? clusters : std::min(resident, clusters), kSplitK ? splits : T::kSharers, stream);
+  error = cudaLaunchKernelEx(&launch.config, linear_kernel<T>, w_map, x_map, x_lo_map, args);
   return error != cudaSuccess ? error : cudaGetLastError();
 }
 
-static cudaError_t launch(const Arguments& args, int device, cudaStream_t stream) {
-  // First, so that the GPU has work while the host prepares the rest.
-  const SplitX& split = args.split;
-  split_x_kernel<<<unsigned(SplitX::padded_m(args.m)), kSplitThreads, 0, stream>>>(args.x, args.x_stride, split, args.m,
-                                                                                   args.k);
-  cudaError_t error = cudaGetLastError();
-  CUtensorMap w_map, x_hi_map, x_lo_map;
-  if (error == cudaSuccess)
-    error =
-        encode_tensor_map(&w_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, args.w, args.n, args.k, args.w_stride, kTileN);
-  for (auto [map, part] : {std::pair{&x_hi_map, split.hi}, std::pair{&x_lo_map, split.lo}})
-    if (error == cudaSuccess)
-      error = encode_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, part, args.m, split.padded_k, split.padded_k,
-                                kPanelM / kCluster);
-  int resident_1 = 0, resident_2 = 0;
-  if (error == cudaSuccess) error = resident_clusters<Tile<1>>(device, &resident_1);
-  if (error == cudaSuccess) error = resident_clusters<Tile<2>>(device, &resident_2);
-  if (error != cudaSuccess) return error;
-
-  // Two panels to a tile need less conversion and less traffic for the same products, but tiles of twice the time may
-  // leave more of the device without work at the end.
-  const auto waves = [](int clusters, int resident) { return (clusters + resident - 1) / resident; };
-  const int waves_1 = waves(TileScheduler<Tile<1>>(args.m, args.n).clusters(), resident_1);
-  const int waves_2 = waves(TileScheduler<Tile<2>>(args.m, args.n).clusters(), resident_2);
-  return 2 * waves_2 <= waves_1 ? launch_linear<Tile<2>>(args, resident_2, w_map, x_hi_map, x_lo_map, stream)
-                                : launch_linear<Tile<1>>(args, resident_1, w_map, x_hi_map, x_lo_map, stream);
+// The tiles there are; which is the best is for model_new.py to say.
+template <Operands kOperands, typename Element>
+static cudaError_t launch(const Arguments& args, int rows, int splits, int device, cudaStream_t stream) {
+  if (splits == 0 && rows == 256) return launch<kOperands, Element, 256, false>(args, splits, device, stream);
+  if constexpr (kOperands == Operands::kSplit)
+    if (splits == 0 && rows == 128) return launch<kOperands, Element, 128, false>(args, splits, device, stream);
+  if constexpr (kOperands != Operands::kStaged) {  // copying W pays with many rows only
+    const bool is_split = splits >= 1 && splits <= 8 && splits <= (args.k + kTileK - 1) / kTileK;
+    if (is_split && rows == 128) return launch<kOperands, Element, 128, true>(args, splits, device, stream);
+    if (is_split && rows == 64) return launch<kOperands, Element, 64, true>(args, splits, device, stream);
+    if (is_split && rows == 32) return launch<kOperands, Element, 32, true>(args, splits, device, stream);
+    if (is_split && rows == 16) return launch<kOperands, Element, 16, true>(args, splits, device, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
-}  // namespace fp16x3
+// ---- operands whose rows are not in multiples of 16 bytes
+
+constexpr int kPadThreads = 256, kPadUnroll = 8;
+
+// to [rows, to_stride] = from [rows, k], with zeros behind. blockIdx: row, part of the row.
+template <typename Word>
+__global__ void __launch_bounds__(kPadThreads)
+    pad_rows_kernel(const Word* __restrict__ from, int64_t from_stride, Word* __restrict__ to, int k, int to_stride) {
+  from += blockIdx.x * from_stride;
+  to += int64_t(blockIdx.x) * to_stride;
+  const int first = blockIdx.y * (kPadThreads * kPadUnroll) + threadIdx.x;
+  Word value[kPadUnroll];
+#pragma unroll
+  for (int u = 0; u < kPadUnroll; ++u) {
+    const int at = first + u * kPadThreads;
+    value[u] = at < k ? from[at] : Word(0);
+  }
+#pragma unroll
+  for (int u = 0; u < kPadUnroll; ++u) {
+    const int at = first + u * kPadThreads;
+    if (at < to_stride) to[at] = value[u];
+  }
+}
+
+template <typename Word>
+static cudaError_t launch_pad_rows(const void* from, int64_t from_stride, void* to, int64_t rows, int k, int to_stride,
+                                   cudaStream_t stream) {
+  const dim3 grid(unsigned(rows), unsigned((to_stride + kPadThreads * kPadUnroll - 1) / (kPadThreads * kPadUnroll)));
+  pad_rows_kernel<Word><<<grid, kPadThreads, 0, stream>>>(static_cast<const Word*>(from), from_stride,
+                                                          static_cast<Word*>(to), k, to_stride);
+  return cudaGetLastError();
+}
+
+}  // namespace hopper
 
 // ---------------------------------------------------------------------------- bindings (called through ctypes)
 
@@ -1119,19 +1553,65 @@ int epilogue_backward(const void* grad, const void* z, void* dz, void* partial_s
   DISPATCH_DTYPE(dtype, launch_epilogue_backward, grad, z, dz, partial_sums, dbias, rows, cols, strips, scale, stream);
 }
 
-// Bytes of scratch memory that linear_fp16x3 needs.
-int64_t linear_fp16x3_scratch(int64_t m, int64_t k) { return fp16x3::SplitX::bytes(m, k); }
+// What becomes of x and W; in model_new.py too.
+enum class Conversion : int { kNone = 0, kSplit = 1, kRounded = 2, kStaged = 3 };
 
-// Float32, compute capability 9.0. x [m, k] and w [n, k] with unit stride along k; k, both row strides and both
-// pointers in multiples of 16 bytes; bias [n]; out [m, n] contiguous. m, n, k from 1 to 2^31 - 2048. scratch: 128-byte
-// aligned.
-int linear_fp16x3(const float* x, const float* w, const float* bias, float* out, void* scratch, int64_t x_stride,
-                  int64_t w_stride, int64_t m, int64_t n, int64_t k, double scale, int device, cudaStream_t stream) {
+// Bytes of scratch memory that linear_hopper needs.
+int64_t linear_hopper_scratch(int64_t m, int64_t n, int64_t k, int conversion) {
+  const auto what = static_cast<Conversion>(conversion);
+  int64_t bytes = 0;
+  if (what != Conversion::kNone) bytes += hopper::SplitRows::bytes(m, k, what == Conversion::kSplit ? 2 : 1);
+  if (what == Conversion::kStaged) bytes += hopper::SplitRows::bytes(n, k, 1);
+  return bytes;
+}
+
+// The fused layer on compute capability 9.0, in tiles of `rows` by 128; splits: blocks that share a tile, each with a
+// part of K, or 0 where pairs of blocks share x. cudaErrorInvalidValue for a tile that there is not.
+//   conversion: kNone with float16 and bfloat16, one of the others with float32.
+//   x [m, k] and w [n, k] with unit stride along k, and, except with kStaged, rows and pointers in multiples of 16
+//   bytes; float32 also k. bias [n]; out [m, n] and z [m, n], contiguous, z null where it is not wanted. m, n, k from 1
+//   to 2^31 - 2048. scratch: 128-byte aligned.
+int linear_hopper(const void* x, const void* w, const void* bias, void* out, void* z, void* scratch, int64_t x_stride,
+                  int64_t w_stride, int64_t m, int64_t n, int64_t k, double scale, int dtype, int conversion, int rows,
+                  int splits, int device, cudaStream_t stream) {
+  using hopper::Operands;
   const DeviceGuard guard(device);
   if (guard.error != cudaSuccess) return guard.error;
-  const fp16x3::Arguments args = {
-      x, w, bias, out, fp16x3::SplitX(scratch, m, k), x_stride, w_stride, int(m), int(n), int(k), float(scale)};
-  return fp16x3::launch(args, device, stream);
+  const auto what = static_cast<Conversion>(conversion);
+  const int parts = what == Conversion::kSplit ? 2 : 1;
+  const hopper::SplitRows x_split(scratch, m, k, parts);
+  const hopper::SplitRows w_split(static_cast<char*>(scratch) + hopper::SplitRows::bytes(m, k, parts), n, k, 1);
+  const bool is_aligned = k % 4 == 0 && x_stride % 4 == 0 && w_stride % 4 == 0 && aligned16(x, w, w);
+  const hopper::Arguments args = {x,      w,      bias,   out,    z,      x_split,      w_split,   x_stride,
+                                  w_stride, int(m), int(n), int(k), float(scale), is_aligned};
+  switch (static_cast<DType>(dtype)) {
+    case DType::kFloat32:
+      switch (what) {
+        case Conversion::kSplit:
+          return hopper::launch<Operands::kSplit, float>(args, rows, splits, device, stream);
+        case Conversion::kRounded:
+          return hopper::launch<Operands::kRounded, float>(args, rows, splits, device, stream);
+        case Conversion::kStaged:
+          return hopper::launch<Operands::kStaged, float>(args, rows, splits, device, stream);
+        default:
+          return cudaErrorInvalidValue;
+      }
+    case DType::kFloat16:
+      return hopper::launch<Operands::kNative, __half>(args, rows, splits, device, stream);
+    case DType::kBFloat16:
+      return hopper::launch<Operands::kNative, __nv_bfloat16>(args, rows, splits, device, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+// to [rows, to_stride] = from [rows, k] with unit stride along k, zeros behind; elements of 2 or 4 bytes.
+int pad_rows(const void* from, void* to, int64_t from_stride, int64_t rows, int64_t k, int64_t to_stride,
+             int element_bytes, int device, cudaStream_t stream) {
+  const DeviceGuard guard(device);
+  if (guard.error != cudaSuccess) return guard.error;
+  const auto launch = element_bytes == 2 ? hopper::launch_pad_rows<uint16_t> : hopper::launch_pad_rows<uint32_t>;
+  return launch(from, from_stride, to, rows, int(k), int(to_stride), stream);
 }
 
 }  // extern "C"

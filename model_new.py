@@ -14,6 +14,7 @@ on a machine with a CUDA device. Without one, the same operator runs its CPU imp
 
 import argparse
 import ctypes
+import functools
 import hashlib
 import importlib.util
 import json
@@ -218,9 +219,10 @@ def _load(path):
     library.error_string.restype = ctypes.c_char_p
     library.epilogue_forward.argtypes = [_POINTER] * 2 + [_INT64, _DOUBLE, _INT, _INT, _POINTER]
     library.epilogue_backward.argtypes = [_POINTER] * 5 + [_INT64] * 3 + [_DOUBLE, _INT, _INT, _POINTER]
-    library.linear_fp16x3_scratch.argtypes = [_INT64] * 2
-    library.linear_fp16x3_scratch.restype = _INT64
-    library.linear_fp16x3.argtypes = [_POINTER] * 5 + [_INT64] * 5 + [_DOUBLE, _INT, _POINTER]
+    library.linear_hopper_scratch.argtypes = [_INT64] * 3 + [_INT]
+    library.linear_hopper_scratch.restype = _INT64
+    library.linear_hopper.argtypes = [_POINTER] * 6 + [_INT64] * 5 + [_DOUBLE] + [_INT] * 5 + [_POINTER]
+    library.pad_rows.argtypes = [_POINTER] * 2 + [_INT64] * 4 + [_INT] * 2 + [_POINTER]
     return library
 
 
@@ -270,47 +272,100 @@ def _check(x, weight, bias):
 def select_kernel(x, weight, bias):
     """The name of the implementation that serves a call with these arguments: the one place where that is decided.
 
-    "cpu"       PyTorch's operators, on tensors that are not on a GPU.
-    "fp16x3"    kernels.cu's fused kernel: float32 from three fp16 tensor-core products, more accurate than SGEMM on
-                ordinary data (README.md, Accuracy, says where not).
-                For float32 on a GPU of compute capability 9.0 (H100, H200) while PyTorch asks for full float32 products
-                (torch.set_float32_matmul_precision("highest"), the default), where W's rows are contiguous and in
-                multiples of 16 bytes, as nn.Linear's are when K is a multiple of 4, where K is at least 512 (below 256
-                SGEMM is the more accurate), and where there is enough work.
-    "library"   cuBLAS, then kernels.cu's fused epilogue: everything else on a GPU.
+    "cpu"            PyTorch's operators, on tensors that are not on a GPU.
+    On a GPU of compute capability 9.0 (H100, H200), kernels.cu's fused kernel, where `select_tile` expects it to be
+    faster than the library and W's entries are contiguous along k:
+    "fp16x3"         float32 from three fp16 tensor-core products, more accurate than SGEMM on ordinary data (README.md,
+                     Accuracy, says where not), while PyTorch asks for full float32 products
+                     (torch.set_float32_matmul_precision("highest"), the default).
+    "fp16x1"         float32 from one fp16 product, as accurate as TF32, where PyTorch allows that ("high", "medium").
+    "fp16x1_staged"  the same, from a copy of W in fp16 that lives for the call: for many rows.
+    "wgmma16"        float16 and bfloat16.
+    "library"        cuBLAS, then kernels.cu's fused epilogue: everything else on a GPU.
     """
     _check(x, weight, bias)
     if not x.is_cuda:
         return "cpu"
+    tile = _tile_of(x, weight)
+    return tile[0] if tile else "library"
+
+
+def _tile_of(x, weight):
+    """What select_tile says of the product of two tensors on a GPU."""
     n, k = weight.shape
-    if (
-        x.dtype == torch.float32
-        and k % 4 == 0
-        and k >= 512
-        and _fp16x3_is_faster(x.numel() // k, n, k)
-        and x.device.index in _hopper_devices
-        and torch.backends.cuda.matmul.fp32_precision != "tf32"
-        and weight.stride(1) == 1
-        and weight.stride(0) >= k
-        and weight.stride(0) % 4 == 0
-        and weight.data_ptr() % 16 == 0
-    ):
-        return "fp16x3"
-    return "library"
+    if x.device.index not in _hopper_devices or x.dtype == torch.float64 or k == 0 or weight.stride(1) != 1:
+        return None
+    if x.dtype != torch.float32:
+        precision = "16 bit"
+    else:
+        precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "float32"
+    return select_tile(precision, x.numel() // k, n, k)
 
 
-def _fp16x3_is_faster(m, n, k):
-    """Whether the fp16x3 kernel is expected to beat cuBLAS's SGEMM. Fitted to times on an H200 (microseconds).
+@functools.lru_cache(maxsize=4096)
+def select_tile(precision, m, n, k):
+    """How kernels.cu serves x [m, k], W [n, k] on Hopper: (kernel, rows, splits), or None where the library does.
 
-    The kernel takes as long as if it computed 128x128 tiles of out, 132 at a time, at 1.05 for 64 of k, and 8 for all
-    launches. SGEMM takes 35 or more where its tiles are few, and from 32 rows on 1.7 times its arithmetic or 2.5 times
-    its reading of W. Fewer rows, and small matrices with few rows, are left to the library; and sizes that an int does
-    not hold.
+    precision: "float32", "tf32" or "16 bit". kernel: a name that `select_kernel` returns. rows: of out that a block
+    computes, by 128 columns. splits: blocks that share a tile, each with a part of K; 0 where pairs of blocks share x.
+
+    Each rule is from times on an H200 of every tile beside the library's GEMM and fused epilogue: M from 1 to 8192 with
+    ten (K, N) from (2048, 256) to (4096, 11008). Where times were within a few percent the library serves.
     """
-    if m < 32 or (m < 128 and n * k < 2**21) or n == 0 or max(m, n, k) > 2**31 - 2048:
-        return False
-    waves = -(-(-(-m // 128) * -(-n // 128)) // 132)
-    return 8 + waves * k / 64 * 1.05 < max(35, 1.7 * 2 * m * n * k / 51e6, 2.5 * 4 * n * k / 2.3e6)
+    if min(m, n) == 0 or max(m, n, k) > 2**31 - 2048:
+        return None
+    # Rows that are not in multiples of 16 bytes must be copied first, which costs more than reading W once more. cuBLAS
+    # drops to a quarter of its rate there, but not while it only streams W for a few rows of x.
+    aligned = k % (8 if precision == "16 bit" else 4) == 0
+    few, work = m <= 64, m * n * k
+    if precision == "float32":
+        # SGEMM is behind everywhere, but its GEMV, which serves one row, not much. Below K = 256 it is more accurate.
+        least = (1 if n * k >= 2**26 else 2) if aligned else 32
+        tiles = _tiles("fp16x3", m, n, k) if k >= 512 and m >= least and n * k >= 2**19 else []
+    elif precision == "tf32":
+        # For few rows cuBLAS streams W as fast, except where W is small and launches count, and at 8192 x 8192. For
+        # more, the kernel is ahead once its tiles of 256 rows keep the SMs busy long enough.
+        if not aligned:
+            tiles = [("fp16x1_staged", 256, 0)] if m >= 200 and work >= 2**33 else []
+        elif few:
+            tiles = _tiles("fp16x1", m, n, k) if n * k >= 2**26 or (2 <= m <= 16 and n * k <= 2**24) else []
+        elif m >= 512 and work >= 1.2e10 and -(-m // 256) * -(-n // 128) >= 100:
+            # Reading W as float32 binds the kernel to L2's bandwidth; from 2048 rows on a copy in fp16 pays.
+            tiles = [("fp16x1_staged" if m >= 2048 else "fp16x1", 256, 0)]
+        else:
+            tiles = []
+    else:
+        # For few rows: one launch instead of two where W is small, equal where it is large. From 1024 rows on the fused
+        # epilogue saves a pass over out. Between, cuBLAS has tiles that fit better.
+        fits = n * k <= 2**24 or n * k >= 2**26 if few else m >= 1024 and m * n >= 2**22
+        tiles = _tiles("wgmma16", m, n, k) if (fits if aligned else m >= 16 and n * k >= 2**19) else []
+    return tiles[0] if len(tiles) == 1 else min(tiles, key=lambda t: _microseconds(m, n, k, *t), default=None)
+
+
+def _tiles(kernel, m, n, k):
+    """The tiles of `kernel` that may be the best: see `select_tile`."""
+    rows = min(128, max(16, 1 << (m - 1).bit_length()))
+    tiles = [(kernel, rows, splits) for splits in (1, 2, 4) if splits <= -(-k // 64)]
+    return [*tiles, (kernel, 256, 0), *([(kernel, 128, 0)] if kernel == "fp16x3" else [])]
+
+
+# Microseconds that a block of 64 k takes a tile, by its rows where blocks share x and where they split K. On an H200.
+_BLOCK_TIMES = {
+    "fp16x3": ({256: 2.22, 128: 1.13}, {128: 1.28, 64: 0.8, 32: 0.65, 16: 0.6}),
+    "fp16x1": ({256: 1.03}, {128: 0.86, 64: 0.66, 32: 0.58, 16: 0.56}),
+    "wgmma16": ({256: 0.655}, {128: 0.48, 64: 0.33, 32: 0.28, 16: 0.28}),
+}
+_RESIDENT = {0: 132, 1: 132, 2: 132, 4: 120}  # blocks that run at once, by splits: clusters must fit the GPCs
+
+
+def _microseconds(m, n, k, kernel, rows, splits):
+    """A tile's estimated time, good enough to rank the tiles of one kernel. As `select_tile`."""
+    blocks = math.ceil(m / rows) * (math.ceil(n / 128) * splits if splits else math.ceil(n / 256) * 2)
+    waves = math.ceil(blocks / _RESIDENT[splits])
+    blocks_of_k = math.ceil(math.ceil(k / 64) / max(splits, 1))
+    per_tile = 3 + 0.6 * splits + (0.02 * rows if splits else 0)  # prologue, adding up, epilogue
+    compute = waves * (blocks_of_k * _BLOCK_TIMES[kernel][splits > 0][rows] + per_tile)
+    return max(compute, (2 if kernel == "wgmma16" else 4) * n * k / 3.9e6)
 
 
 def _rows(t):
@@ -363,18 +418,48 @@ def _epilogue_cuda(z, out, scale):
     return out
 
 
-def _fp16x3_cuda(x, weight, bias, scale):
-    """The fused kernel; scale 0 makes it the linear layer alone. For what select_kernel says it serves."""
-    n, k = weight.shape
-    rows = _rows(x)
-    if rows.stride(1) != 1 or rows.stride(0) % 4 or rows.stride(0) < k or rows.data_ptr() % 16:
-        rows = rows.clone(memory_format=torch.contiguous_format)
-    bias, m = bias.contiguous(), rows.shape[0]
+def _in_16_bytes(t):
+    """Whether the rows of a matrix t can be read by TMA: contiguous, beginning at multiples of 16 bytes."""
+    return (
+        t.stride(1) == 1
+        and t.stride(0) >= t.shape[1]
+        and t.stride(0) * t.element_size() % 16 == 0
+        and t.data_ptr() % 16 == 0
+    )
+
+
+def _padded(t):
+    """A copy of a matrix t, with zeros behind its rows up to a multiple of 16 bytes."""
+    t = t if t.stride(1) == 1 else t.contiguous()
+    (rows, k), multiple = t.shape, 16 // t.element_size()
+    copy = t.new_empty(rows, -(-k // multiple) * multiple)
+    arguments = t.data_ptr(), copy.data_ptr(), t.stride(0), rows, k, copy.shape[1], t.element_size()
+    _launch(_cuda.pad_rows, t.device, *arguments)
+    return copy
+
+
+_CONVERSIONS = {"wgmma16": 0, "fp16x3": 1, "fp16x1": 2, "fp16x1_staged": 3}  # Conversion in kernels.cu
+
+
+def _hopper_cuda(tile, x, weight, bias, scale, with_z=False):
+    """(out, z or None) by kernels.cu's fused kernel; tile: as from `select_tile`."""
+    (n, k), (kernel, *shape) = weight.shape, tile
+    m, conversion = x.numel() // k, _CONVERSIONS[kernel]
     out = x.new_empty((*x.shape[:-1], n))
-    scratch = x.new_empty(_cuda.linear_fp16x3_scratch(m, k) // 4)  # for x, split in two
-    pointers = [t.data_ptr() for t in (rows, weight, bias, out, scratch)]
-    _launch(_cuda.linear_fp16x3, x.device, *pointers, rows.stride(0), weight.stride(0), m, n, k, scale)
-    return out
+    z = torch.empty_like(out) if with_z else None
+    x, bias = _rows(x), bias.contiguous()
+    if kernel == "fp16x1_staged":  # copies W and x itself, from rows of any alignment
+        x = x if x.stride(1) == 1 else x.contiguous()
+    else:
+        unequal = k * x.element_size() % 16 != 0  # then what TMA reads behind a row must be zero in both
+        x = _padded(x) if unequal or not _in_16_bytes(x) else x
+        weight = _padded(weight) if unequal or not _in_16_bytes(weight) else weight
+        k = x.shape[1]
+    scratch = x.new_empty(_cuda.linear_hopper_scratch(m, n, k, conversion) // 4) if conversion else None
+    pointers = [0 if t is None else t.data_ptr() for t in (x, weight, bias, out, z, scratch)]
+    sizes = x.stride(0), weight.stride(0), m, n, k
+    _launch(_cuda.linear_hopper, x.device, *pointers, *sizes, scale, _DTYPES[x.dtype], conversion, *shape)
+    return out, z
 
 
 def _library_cuda(x, weight, bias, scale):
@@ -382,16 +467,18 @@ def _library_cuda(x, weight, bias, scale):
     return _epilogue_cuda(z, z, scale)  # in place: no one else needs z
 
 
-_CUDA_KERNELS = {"fp16x3": _fp16x3_cuda, "library": _library_cuda}
-
-
 def _forward_cuda(x, weight, bias, scale):
-    return _CUDA_KERNELS[select_kernel(x, weight, bias)](x, weight, bias, scale)
+    _check(x, weight, bias)
+    tile = _tile_of(x, weight)
+    return _hopper_cuda(tile, x, weight, bias, scale)[0] if tile else _library_cuda(x, weight, bias, scale)
 
 
 def _forward_with_z_cuda(x, weight, bias, scale):
-    fused = select_kernel(x, weight, bias) == "fp16x3"
-    z = _fp16x3_cuda(x, weight, bias, 0.0) if fused else _linear(x, weight, bias)
+    _check(x, weight, bias)
+    tile = _tile_of(x, weight)
+    if tile:
+        return _hopper_cuda(tile, x, weight, bias, scale, with_z=True)
+    z = _linear(x, weight, bias)
     return _epilogue_cuda(z, torch.empty_like(z), scale), z
 
 
@@ -432,16 +519,33 @@ _PLAIN_TYPES = {torch.Tensor, nn.Parameter}
 _PLAIN_KEYS = _dispatch_keys("CUDA", "ADInplaceOrView", "AutogradCUDA", "AutocastCUDA")
 
 
-def _without_autograd(operator, cuda_kernel, tensors, scale):
-    """What the dispatcher makes of `operator` below autograd.
+def _is_plain(*tensors):
+    """Whether below autograd the dispatcher would do nothing for these tensors but call their CUDA implementation.
 
-    For plain CUDA tensors, with no mode or transform that wants to see every operator, that is `cuda_kernel`, which is
-    then called directly: another round through the dispatcher, back into Python, costs the host 8 microseconds.
+    True for plain CUDA tensors, with no mode or transform that wants to see every operator. They are then served
+    directly: a round through the dispatcher, back into Python, costs the host 8 microseconds.
     """
-    plain = not (torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
-    for t in tensors:
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    plain = True
+    for t in tensors:  # all() of a generator takes twice the time
         plain = plain and type(t) in _PLAIN_TYPES and torch._C._dispatch_keys(t) == _PLAIN_KEYS
-    if plain:
+    return plain
+
+
+def _is_watched():
+    """Whether something above autograd would notice that the operator was not called through the dispatcher."""
+    return (
+        torch._C._len_torch_function_stack() > 0
+        or torch.is_autocast_enabled("cuda")
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    )
+
+
+def _without_autograd(operator, cuda_kernel, tensors, scale):
+    """What the dispatcher makes of `operator` below autograd."""
+    if _is_plain(*tensors):
         return cuda_kernel(*tensors, scale)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*tensors, scale)
@@ -563,7 +667,11 @@ def linear_sigmoid_residual(x, weight, bias, scale):
         raise TypeError(f"linear_sigmoid_residual(): argument '{name}' must be Tensor, not {type(value).__name__}")
     if isinstance(scale, torch.Tensor) and scale.requires_grad:
         raise TypeError("linear_sigmoid_residual(): argument 'scale' requires a gradient, and none is computed for it")
-    return _forward_op(x, weight, bias, scale)
+    # Where nothing watches, past the dispatcher.
+    # The order: what torch.compile knows comes before what it cannot trace.
+    if torch.compiler.is_compiling() or type(scale) not in (float, int) or not _is_plain(x, weight, bias):
+        return _forward_op(x, weight, bias, scale)
+    return _forward_op(x, weight, bias, scale) if _is_watched() else _forward_autograd(x, weight, bias, float(scale))
 
 
 # ------------------------------------------------------------------------------------------------- the module
