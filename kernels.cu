@@ -62,8 +62,8 @@ static bool aligned16(const void* a, const void* b, const void* c) {
 
 // ---------------------------------------------------------------------------- the epilogue's mathematics
 
-// The one place where the activation is written down; every kernel calls these two. kFast: for results of 16 bits, whose
-// rounding hides an error of |z| * 2^-24 in exp(-z).
+// The one place where the activation is written down; every kernel calls these two. kFast: for results of 16 bits,
+// whose rounding hides an error of |z| * 2^-24 in exp(-z).
 template <bool kFast = false> __device__ __forceinline__ float sigmoid(float z) {
   float power, reciprocal;
   if (kFast)
@@ -312,39 +312,44 @@ template <int kN> struct Wgmma;
 #define NAMES8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define NAMES16 NAMES8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define NAMES32 NAMES16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define NAMES64                                                                                                    \
-  NAMES32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
-          "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define NAMES128                                                                                                       \
-  NAMES64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "     \
-          "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, "   \
-          "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, "     \
-          "%121, %122, %123, %124, %125, %126, %127"
+#define NAMES64                                                                                                \
+  NAMES32                                                                                                      \
+      ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
+      "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAMES128                                                                                                 \
+  NAMES64                                                                                                        \
+      ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "   \
+      "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, " \
+      "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, "   \
+      "%121, %122, %123, %124, %125, %126, %127"
 // kRegisters: of d, which are the first operands; i0 to i5: the numbers of those that follow.
-#define DEFINE_WGMMA(kN, kRegisters, i0, i1, i2, i3, i4, i5)                                                          \
-  template <> struct Wgmma<kN> {                                                                                      \
-    static __device__ __forceinline__ void multiply(float* d, const uint32_t* a, uint64_t b, int accumulate) {        \
-      asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #i5 ", 0;\n"                                                \
-                   " wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32.f16.f16 {" NAMES##kRegisters                     \
-                   "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4 ", p, 1, 1, 0;\n}"                            \
-                   : D##kRegisters(0)                                                                                 \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                            \
-    }                                                                                                                 \
-    template <typename T> static __device__ __forceinline__ void multiply(float* d, uint64_t a, uint64_t b,           \
-                                                                          int accumulate) {                           \
-      if constexpr (std::is_same_v<T, __half>)                                                                        \
-        asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #i2 ", 0;\n"                                              \
-                     " wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32.f16.f16 {" NAMES##kRegisters                   \
-                     "}, %" #i0 ", %" #i1 ", p, 1, 1, 0, 0;\n}"                                                       \
-                     : D##kRegisters(0)                                                                               \
-                     : "l"(a), "l"(b), "r"(accumulate));                                                              \
-      else                                                                                                            \
-        asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #i2 ", 0;\n"                                              \
-                     " wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32.bf16.bf16 {" NAMES##kRegisters                 \
-                     "}, %" #i0 ", %" #i1 ", p, 1, 1, 0, 0;\n}"                                                       \
-                     : D##kRegisters(0)                                                                               \
-                     : "l"(a), "l"(b), "r"(accumulate));                                                              \
-    }                                                                                                                 \
+#define DEFINE_WGMMA(kN, kRegisters, i0, i1, i2, i3, i4, i5)                                                   \
+  template <> struct Wgmma<kN> {                                                                               \
+    static __device__ __forceinline__ void multiply(float* d, const uint32_t* a, uint64_t b, int accumulate) { \
+      asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #i5                                                  \
+                   ", 0;\n"                                                                                    \
+                   " wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32.f16.f16 {" NAMES##kRegisters              \
+                   "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4 ", p, 1, 1, 0;\n}"                     \
+                   : D##kRegisters(0)                                                                          \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                     \
+    }                                                                                                          \
+    template <typename T>                                                                                      \
+    static __device__ __forceinline__ void multiply(float* d, uint64_t a, uint64_t b, int accumulate) {        \
+      if constexpr (std::is_same_v<T, __half>)                                                                 \
+        asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #i2                                                \
+                     ", 0;\n"                                                                                  \
+                     " wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32.f16.f16 {" NAMES##kRegisters            \
+                     "}, %" #i0 ", %" #i1 ", p, 1, 1, 0, 0;\n}"                                                \
+                     : D##kRegisters(0)                                                                        \
+                     : "l"(a), "l"(b), "r"(accumulate));                                                       \
+      else                                                                                                     \
+        asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #i2                                                \
+                     ", 0;\n"                                                                                  \
+                     " wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32.bf16.bf16 {" NAMES##kRegisters          \
+                     "}, %" #i0 ", %" #i1 ", p, 1, 1, 0, 0;\n}"                                                \
+                     : D##kRegisters(0)                                                                        \
+                     : "l"(a), "l"(b), "r"(accumulate));                                                       \
+    }                                                                                                          \
   };
 DEFINE_WGMMA(16, 8, 8, 9, 10, 11, 12, 13)
 DEFINE_WGMMA(32, 16, 16, 17, 18, 19, 20, 21)
@@ -421,7 +426,8 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 //       they are multiplied apart, in float32, and do not count.
 //     Accumulation: the tensor core truncates when it adds to its float32 accumulator. So it only ever adds one block
 //       of 64 k to a fresh `partial`; the partial is scaled back (exact) and added to `total` by an ordinary fma.
-//   kRounded  float32 where PyTorch allows TF32: hi alone, one product, as precise as TF32 at twice its rate. The tensor
+//   kRounded  float32 where PyTorch allows TF32: hi alone, one product, as precise as TF32 at twice its rate. The
+//   tensor
 //             core adds up all of K. W has one scale a row, which only ever shrinks: where a block of k brings a larger
 //             entry, the sums so far are scaled down with it.
 //   kStaged   the same from a copy of W that is rounded beforehand, with one scale a row.
@@ -442,9 +448,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 //   W as float32 is free once it is in registers; all else once its products are finished.
 // Clusters. Where there are many rows, the two blocks of a cluster need the same x: each loads half of it, and TMA
 //   multicasts that to both, which halves what x costs the L2 cache. So the `empty` barrier of an x stage counts both
-//   blocks' consumer warps. Where there are few rows, the work is to read W, and tiles are fewer than SMs: the blocks of
-//   a cluster then share a tile, each takes a part of K, and they add up their sums through distributed shared memory,
-//   always in the same order.
+//   blocks' consumer warps. Where there are few rows, the work is to read W, and tiles are fewer than SMs: the blocks
+//   of a cluster then share a tile, each takes a part of K, and they add up their sums through distributed shared
+//   memory, always in the same order.
 // Order of k. A product may sum k in any order if both operands agree. A thread loads W in 16 bytes, four
 //   consecutive k, where the fragment wants k = 2q, 2q+1, 2q+8, 2q+9 (q = lane % 4); so split_rows_kernel stores each
 //   group of 16 k in the order 0 1 4 5 8 9 12 13 2 3 6 7 10 11 14 15.
@@ -466,20 +472,20 @@ template <Operands kOperands_, typename Element_, int kRows_, bool kSplitK_> str
   using Element = Element_;
   static constexpr Operands kOperands = kOperands_;
   static constexpr int kRows = kRows_;
-  static constexpr bool kSplitK = kSplitK_;                      // a cluster's blocks share a tile, or else x
-  static constexpr int kSharers = kSplitK ? 1 : 2;               // blocks that load an x stage together
+  static constexpr bool kSplitK = kSplitK_;         // a cluster's blocks share a tile, or else x
+  static constexpr int kSharers = kSplitK ? 1 : 2;  // blocks that load an x stage together
   static constexpr int kPanels = kOperands == Operands::kSplit && kRows > 128 ? kRows / 128 : 1;
-  static constexpr int kPanelM = kRows / kPanels;                // columns of wgmma's B
+  static constexpr int kPanelM = kRows / kPanels;                       // columns of wgmma's B
   static constexpr int kParts = kOperands == Operands::kSplit ? 2 : 1;  // hi, lo
   static constexpr bool kIsFloat = std::is_same_v<Element, float>;
   static constexpr bool kFromRegisters = kOperands == Operands::kSplit || kOperands == Operands::kRounded;  // wgmma's A
   using WElement = std::conditional_t<kOperands == Operands::kStaged, __half, Element>;  // as it comes by TMA
-  static constexpr int kWBoxes = sizeof(WElement) / 2;            // of 128 bytes a row
+  static constexpr int kWBoxes = sizeof(WElement) / 2;                                   // of 128 bytes a row
   static constexpr int kWStageBytes = kTileN * kTileK * int(sizeof(WElement));  // WElement [kWBoxes][kTileN][64 or 32]
-  static constexpr int kXPartBytes = kPanelM * kTileK * 2;       // half or Element [kPanelM][kTileK]
-  static constexpr int kXStageBytes = kParts * kXPartBytes;      // one panel
-  static constexpr int kSumBytes = kSplitK ? kRows * kTileN * 4 : 0;  // float [kRows / 2][kConsumerThreads]
-  static constexpr int kRoom = kMaxShared - kSumBytes - 1024;    // 1024: for barriers, and for alignment
+  static constexpr int kXPartBytes = kPanelM * kTileK * 2;                      // half or Element [kPanelM][kTileK]
+  static constexpr int kXStageBytes = kParts * kXPartBytes;                     // one panel
+  static constexpr int kSumBytes = kSplitK ? kRows * kTileN * 4 : 0;            // float [kRows / 2][kConsumerThreads]
+  static constexpr int kRoom = kMaxShared - kSumBytes - 1024;                   // 1024: for barriers, and for alignment
   static constexpr int kXStages = kPanels * std::min(12, kRoom / (kWStageBytes + kPanels * kXStageBytes));
   static constexpr int kWStages = std::min(12, (kRoom - kXStages * kXStageBytes) / kWStageBytes);
   static constexpr int kBarrierBytes = 2 * (kWStages + kXStages) * 8;
@@ -548,7 +554,8 @@ constexpr int kSplitThreads = 256;
 // Four numbers of a row of k, zeros behind. is_aligned: the row begins at a multiple of 16 bytes and k is one of 4.
 __device__ __forceinline__ float4 load_four(const float* row, int at, int k, bool is_aligned) {
   if (is_aligned) return at < k ? *reinterpret_cast<const float4*>(row + at) : float4{0, 0, 0, 0};
-  return {at < k ? row[at] : 0, at + 1 < k ? row[at + 1] : 0, at + 2 < k ? row[at + 2] : 0, at + 3 < k ? row[at + 3] : 0};
+  return {at < k ? row[at] : 0, at + 1 < k ? row[at + 1] : 0, at + 2 < k ? row[at + 2] : 0,
+          at + 3 < k ? row[at + 3] : 0};
 }
 
 // One block for each row of x [m, k] with row stride x_stride, and for the rows missing to a multiple of kMaxRows.
@@ -691,11 +698,11 @@ template <typename T> struct TileScheduler {
 };
 
 struct Arguments {
-  const void* x;     // [m, k], row stride x_stride; x, w, bias, out and z of the tile's Element
-  const void* w;     // [n, k], row stride w_stride
-  const void* bias;  // [n]
-  void* out;         // [m, n]
-  void* z;           // [m, n], or null where it is not wanted
+  const void* x;               // [m, k], row stride x_stride; x, w, bias, out and z of the tile's Element
+  const void* w;               // [n, k], row stride w_stride
+  const void* bias;            // [n]
+  void* out;                   // [m, n]
+  void* z;                     // [m, n], or null where it is not wanted
   SplitRows x_split, w_split;  // of x where it is float32; of W with kStaged
   int64_t x_stride, w_stride;
   int m, n, k;
@@ -848,7 +855,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         TileScheduler<T>(args.m, args.n).for_each_tile(rank, blocks, [&](int m0, int n0) {
           for (int k_block = k_begin; k_block < k_end; ++k_block)
 #pragma unroll 1
-            for (int panel = 0; panel < kPanels; ++panel, ring.advance()) load_x(m0 + panel * T::kPanelM, k_block, ring);
+            for (int panel = 0; panel < kPanels; ++panel, ring.advance())
+              load_x(m0 + panel * T::kPanelM, k_block, ring);
         });
       }
     }
@@ -887,8 +895,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     WBlock w;
     const uint32_t w_address = w_stages + row_of(r) * 128 + (q ^ row_of(r) % 8) * 16;
     auto load_w = [&](int step) { load_step(w, step, w_address + w_ring.stage * T::kWStageBytes); };
-    // The scales of what was loaded, after which the stage is given back. They need all of it, and the release is made to
-    // depend on them: issued right behind the loads, it would overtake those that wait behind queued wgmmas.
+    // The scales of what was loaded, after which the stage is given back. They need all of it, and the release is made
+    // to depend on them: issued right behind the loads, it would overtake those that wait behind queued wgmmas.
     auto find_scales = [&](float (&scale)[2]) {
       scale[0] = scale_of_row(w, 0), scale[1] = scale_of_row(w, 1);
       const bool is_read = opaque(__float_as_uint(scale[0]) | __float_as_uint(scale[1])) != 0;  // always
@@ -1081,8 +1089,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int step = 0; step < 4; ++step)
           Wgmma<T::kPanelM>::template multiply<typename T::WElement>(total, kDescriptorUpper | (a + 2 * step),
-                                                        kDescriptorUpper | (x + 2 * step),
-                                                        k_block > k_begin || step > 0);
+                                                                     kDescriptorUpper | (x + 2 * step),
+                                                                     k_block > k_begin || step > 0);
         wgmma_commit_group();
         w_ring.advance();
         x_ring.advance();
@@ -1200,7 +1208,8 @@ __global__ void __launch_bounds__(kThreads, 1)
           if (z != nullptr) store_float(z, m, values, groups, identity, check);
           store_float(out, m, values, groups, act, check);
         } else {
-          constexpr int kBatch = std::integral_constant<int, kGroups < 4 ? kGroups : 4>::value;  // as registers allow
+          constexpr int kBatch = std::integral_constant < int,
+                        kGroups < 4 ? kGroups : 4 > ::value;  // as registers allow
 #pragma unroll
           for (int group = 0; group < kGroups; group += kBatch) {
             const auto batch = std::integral_constant<int, kBatch>();
@@ -1469,32 +1478,39 @@ static cudaError_t launch(const Arguments& args, int rows, int splits, int devic
 
 constexpr int kPadThreads = 256, kPadUnroll = 8;
 
-// to [rows, to_stride] = from [rows, k], with zeros behind. blockIdx: row, part of the row.
-template <typename Word>
+// to [rows, to_words] = from [rows, k] with zeros behind, for elements of `element_bytes`, 2 or 4, and a row stride of
+// from_stride elements. Everything moves in words of 4 bytes, which rows of 2-byte elements may begin in the middle of.
+// blockIdx: row, part of the row.
 __global__ void __launch_bounds__(kPadThreads)
-    pad_rows_kernel(const Word* __restrict__ from, int64_t from_stride, Word* __restrict__ to, int k, int to_stride) {
-  from += blockIdx.x * from_stride;
-  to += int64_t(blockIdx.x) * to_stride;
+    pad_rows_kernel(const char* __restrict__ from, int64_t from_stride, uint32_t* __restrict__ to, int k, int to_words,
+                    int element_bytes) {
+  const char* row = from + blockIdx.x * from_stride * element_bytes;
+  const int shift = reinterpret_cast<uintptr_t>(row) & 2 ? 16 : 0;
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(row - shift / 8);
+  const int per_word = 4 / element_bytes;
+  to += int64_t(blockIdx.x) * to_words;
   const int first = blockIdx.y * (kPadThreads * kPadUnroll) + threadIdx.x;
-  Word value[kPadUnroll];
+  uint32_t value[kPadUnroll];
 #pragma unroll
   for (int u = 0; u < kPadUnroll; ++u) {
-    const int at = first + u * kPadThreads;
-    value[u] = at < k ? from[at] : Word(0);
+    const int at = first + u * kPadThreads, present = k - at * per_word;  // elements of this word and after it
+    const uint32_t low = present > 0 ? words[at] : 0, high = shift && present > 1 ? words[at + 1] : 0;
+    value[u] = __funnelshift_r(low, high, shift);
+    if (present < per_word) value[u] = present > 0 ? value[u] & 0xffff : 0;
   }
 #pragma unroll
   for (int u = 0; u < kPadUnroll; ++u) {
     const int at = first + u * kPadThreads;
-    if (at < to_stride) to[at] = value[u];
+    if (at < to_words) to[at] = value[u];
   }
 }
 
-template <typename Word>
 static cudaError_t launch_pad_rows(const void* from, int64_t from_stride, void* to, int64_t rows, int k, int to_stride,
-                                   cudaStream_t stream) {
-  const dim3 grid(unsigned(rows), unsigned((to_stride + kPadThreads * kPadUnroll - 1) / (kPadThreads * kPadUnroll)));
-  pad_rows_kernel<Word><<<grid, kPadThreads, 0, stream>>>(static_cast<const Word*>(from), from_stride,
-                                                          static_cast<Word*>(to), k, to_stride);
+                                   int element_bytes, cudaStream_t stream) {
+  const int words = to_stride * element_bytes / 4;
+  const dim3 grid(unsigned(rows), unsigned((words + kPadThreads * kPadUnroll - 1) / (kPadThreads * kPadUnroll)));
+  pad_rows_kernel<<<grid, kPadThreads, 0, stream>>>(static_cast<const char*>(from), from_stride,
+                                                    static_cast<uint32_t*>(to), k, words, element_bytes);
   return cudaGetLastError();
 }
 
@@ -1582,8 +1598,8 @@ int linear_hopper(const void* x, const void* w, const void* bias, void* out, voi
   const hopper::SplitRows x_split(scratch, m, k, parts);
   const hopper::SplitRows w_split(static_cast<char*>(scratch) + hopper::SplitRows::bytes(m, k, parts), n, k, 1);
   const bool is_aligned = k % 4 == 0 && x_stride % 4 == 0 && w_stride % 4 == 0 && aligned16(x, w, w);
-  const hopper::Arguments args = {x,      w,      bias,   out,    z,      x_split,      w_split,   x_stride,
-                                  w_stride, int(m), int(n), int(k), float(scale), is_aligned};
+  const hopper::Arguments args = {x,        w,        bias,   out,    z,      x_split,      w_split,
+                                  x_stride, w_stride, int(m), int(n), int(k), float(scale), is_aligned};
   switch (static_cast<DType>(dtype)) {
     case DType::kFloat32:
       switch (what) {
@@ -1605,13 +1621,13 @@ int linear_hopper(const void* x, const void* w, const void* bias, void* out, voi
   }
 }
 
-// to [rows, to_stride] = from [rows, k] with unit stride along k, zeros behind; elements of 2 or 4 bytes.
+// to [rows, to_stride] = from [rows, k] with unit stride along k, zeros behind; elements of 2 or 4 bytes. to and its
+// rows in multiples of 16 bytes.
 int pad_rows(const void* from, void* to, int64_t from_stride, int64_t rows, int64_t k, int64_t to_stride,
              int element_bytes, int device, cudaStream_t stream) {
   const DeviceGuard guard(device);
   if (guard.error != cudaSuccess) return guard.error;
-  const auto launch = element_bytes == 2 ? hopper::launch_pad_rows<uint16_t> : hopper::launch_pad_rows<uint32_t>;
-  return launch(from, from_stride, to, rows, int(k), int(to_stride), stream);
+  return hopper::launch_pad_rows(from, from_stride, to, rows, int(k), int(to_stride), element_bytes, stream);
 }
 
 }  // extern "C"

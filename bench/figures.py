@@ -1,6 +1,6 @@
-"""Draws docs/figures/error-against-time.svg and docs/figures/ladder.svg from bench/results/. Needs matplotlib.
+"""Draws error-against-time.svg, ladder.svg and grid.svg in docs/figures/ from bench/results/. Needs matplotlib.
 
-    python bench/figures.py                    from bench/results/nvidia-h200.json and ladder.json
+    python bench/figures.py                    from bench/results/nvidia-h200.json, nvidia-h200-grid.json, ladder.json
     python bench/figures.py --output FOLDER    elsewhere than in docs/figures
 
 The other figures there are written by hand.
@@ -8,25 +8,30 @@ The other figures there are written by hand.
 
 import argparse
 import io
-import json
+import itertools
 import math
 import sys
 from pathlib import Path
 
-from tables import label
+from tables import ROOT, companion, grid_panels, label, read, results_path
 
 try:
     import matplotlib
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 except ImportError:
     sys.exit("bench/figures.py needs matplotlib: pip install -e '.[bench]'")
 
-ROOT = Path(__file__).resolve().parent.parent
 YARDSTICK = "cuBLAS fp16, float32 output"
 POWER_LIMIT_MS = 0.491  # three fp16 products of the reference shape: docs/OPTIMIZATIONS.md, section 3
 # Each to be read on white and on GitHub's dark background: no background is drawn.
 TEXT, GRID, BLUE, ORANGE, GREEN = "#7d8590", "#7d859040", "#2f81f7", "#d4651a", "#269642"
+INK = "#0d1117"  # on the grid's cells, which are opaque: its contrast is at least 4.5 on each of their colours
+SPEEDUPS = 4.0  # the colours of the grid end at this speedup and its inverse; they are 33, so that 1 is within one
+COLORS = LinearSegmentedColormap.from_list("speedup", (ORANGE, "#dfe3e8", BLUE), N=33)
+CORNERS = ("◥", 1, -1), ("◤", -1, -1), ("◢", 1, 1), ("◣", -1, 1)  # of a cell: what tells its kernel; x and y's signs
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "linear-sigmoid-residual",  # the default is random
@@ -43,7 +48,10 @@ STYLE = {
 
 
 def name_of(row):
-    return label(row).removesuffix(" *") + (" (bare GEMM)" if row["error_of"] == "product" else "")
+    text = label(row).removesuffix(" *") + (" (bare GEMM)" if row["error_of"] == "product" else "")
+    if row["dtype"] != "float32":
+        return f"{text}, {row['dtype']}"
+    return text if row["precision"] == "highest" else f"{text}, '{row['precision']}'"
 
 
 def beside(axes, text, x, y, color, left=False, gap=9, **style):
@@ -64,8 +72,20 @@ def groups(rows):
     return found
 
 
+def compared(results):
+    """The rows of the error-against-time figure: everything at 'highest', of the rest the layer as it can be had."""
+    rows = [row for row in results if row["section"] in ("time", "time-16bit")]
+    return [
+        row
+        for row in rows
+        if (row["section"], row["precision"]) == ("time", "highest")
+        or row["name"] in ("eager", "torch.compile", "ModelNew")
+        or row["name"].startswith("Triton")
+    ]
+
+
 def error_against_time(rows):
-    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
+    figure = Figure(figsize=(8.4, 5.4), layout="constrained")
     axes = figure.add_subplot(xscale="log", yscale="log")
     for group in groups(rows):
         ours, bare = group[0]["name"] == "ModelNew", group[0]["error_of"] == "product"
@@ -73,11 +93,9 @@ def error_against_time(rows):
         points = [row["ms"] for row in group], [row["error_frobenius"] for row in group]
         axes.plot(*points, "D" if ours else "o", ms=9 if ours else 6.5, color=color, mfc="none" if bare else color)
         ms, error = (min(values) for values in points)
-        beside(
-            axes, ", ".join(map(name_of, group)), ms, error, color, left=ms > 0.3, weight="bold" if ours else "normal"
-        )
+        beside(axes, ", ".join(map(name_of, group)), ms, error, color, left=ms > 1, weight="bold" if ours else "normal")
     axes.set_xlim(0.15, 3.3)
-    axes.set_ylim(3e-8, 1e-3)
+    axes.set_ylim(3e-8, 5e-3)
     ticks = (0.2, 0.3, 0.5, 1, 2, 3)
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_major_formatter("{x:g}")
@@ -87,7 +105,7 @@ def error_against_time(rows):
     axes.grid(color=GRID)
     axes.set_xlabel("time, ms (log scale)")
     axes.set_ylabel("relative error against float64,\nFrobenius norm (log scale)")
-    title = "{gpu}, M, K, N = {shape}, {dtype}; filled: error of out, hollow: of a bare GEMM's product"
+    title = "{gpu}, M, K, N = {shape}; float32 'highest' where nothing else is said; hollow: a bare GEMM's product"
     axes.set_title(title.format(**rows[0]), fontsize=9, loc="left")
     return figure
 
@@ -123,6 +141,55 @@ def ladder(steps, yardstick):
     return figure
 
 
+def grid_panel(axes, name, ms, sizes, found):
+    """One precision: a cell for each M (rows) and K×N (columns), of opaque colour, so that its text needs no more."""
+    fused = sorted({row["kernel"] for row in found.values()} - {"library"})
+    corners = dict(zip(fused, CORNERS, strict=False))
+    for (x, size), (y, m) in itertools.product(enumerate(sizes), enumerate(ms)):
+        row = found.get((m, *size))
+        if row is None:
+            axes.text(x, y, "–", ha="center", va="center")
+            continue
+        color = COLORS(LogNorm(1 / SPEEDUPS, SPEEDUPS, clip=True)(row["speedup"]))
+        left, right, top, bottom = x - 0.48, x + 0.48, y - 0.46, y + 0.46
+        axes.fill([left, right, right, left], [top, top, bottom, bottom], color=color, lw=0)
+        axes.text(x, y, f"{row['speedup']:.2f}", ha="center", va="center_baseline", color=INK, fontsize=8)
+        if row["kernel"] in corners:
+            _, right, down = corners[row["kernel"]]
+            xs, ys = (x + 0.48 * right, x + 0.34 * right), (y + 0.46 * down, y + 0.16 * down)
+            axes.fill([xs[0], xs[1], xs[0]], [ys[0], ys[0], ys[1]], color=INK, lw=0)
+    served = [f"{symbol} {kernel}" for kernel, (symbol, _, _) in corners.items()] + ["no mark: library"]
+    axes.set_title(f"{name}   ({', '.join(served)})", fontsize=9, loc="left")
+    axes.set_xticks(range(len(sizes)), [f"{k}\n×{n}" for k, n in sizes], fontsize=8)
+    axes.set_yticks(range(len(ms)), ms)
+    axes.set_xlim(-0.5, len(sizes) - 0.5)
+    axes.set_ylim(len(ms) - 0.5, -0.5)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_ylabel("M")
+
+
+def grid(rows):
+    """Eager's time over ModelNew's: a panel for each precision."""
+    panels = grid_panels(rows)
+    lines = math.ceil(len(panels) / 2)
+    height = 0.25 * max(len(ms) for ms, _, _ in panels.values()) + 0.7
+    figure = Figure(figsize=(8.4, lines * height + 0.9), layout="constrained")
+    all_axes = figure.subplots(lines, 2, squeeze=False)
+    for axes in all_axes.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (name, panel) in zip(all_axes.flat, panels.items()):
+        grid_panel(axes, name, *panel)
+    ticks = {1 / 4: "¼ or less", 1 / 2: "½", 1: "1", 2: "2", 4: "4 or more"}
+    scale = ScalarMappable(LogNorm(1 / SPEEDUPS, SPEEDUPS), COLORS)
+    bar = figure.colorbar(scale, ax=all_axes, orientation="horizontal", aspect=50, fraction=0.03, pad=0.02)
+    bar.set_ticks(list(ticks), labels=list(ticks.values()), minor=False)
+    bar.minorticks_off()
+    bar.outline.set_visible(False)
+    bar.set_label(f"{rows[0]['gpu']}; columns: K×N. Eager's time / ModelNew's, on the device, cold L2 (log scale)")
+    return figure
+
+
 def write(figure, path):
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -131,21 +198,25 @@ def write(figure, path):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="bench/figures.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=ROOT / "bench/results/nvidia-h200.json", metavar="FILE")
+    parser.add_argument("--results", type=Path, default=results_path(), metavar="FILE")
     parser.add_argument("--ladder", type=Path, default=ROOT / "bench/results/ladder.json", metavar="FILE")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/figures", metavar="FOLDER")
     arguments = parser.parse_args(argv)
     for path in (arguments.results, arguments.ladder):
         if not path.is_file():
             parser.error(f"there is no {path}")
-    results = json.loads(arguments.results.read_text(encoding="utf-8"))
-    steps = json.loads(arguments.ladder.read_text(encoding="utf-8"))
-    rows = [row for row in results if row["section"] == "time"]
+    steps = read(arguments.ladder)
+    rows = compared(read(arguments.results, companion(arguments.results, "high")))
+    cells = [row for row in read(companion(arguments.results, "grid")) if row["section"] == "grid"]
     yardstick = next(row["ms"] for row in rows if row["name"] == YARDSTICK)
     arguments.output.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         write(error_against_time(rows), arguments.output / "error-against-time.svg")
         write(ladder(steps, yardstick), arguments.output / "ladder.svg")
+        if cells:
+            write(grid(cells), arguments.output / "grid.svg")
+        else:
+            print(f"grid.svg not drawn: {companion(arguments.results, 'grid').name} holds no cells", file=sys.stderr)
 
 
 if __name__ == "__main__":

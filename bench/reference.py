@@ -28,7 +28,7 @@ except ImportError:
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import model_new
-from model_new import Model, ModelNew, errors_against_float64, linear_sigmoid_residual, select_kernel
+from model_new import Model, ModelNew, errors_against_float64, l2_flush, linear_sigmoid_residual, select_kernel
 
 SCALE = model_new.scaling_factor
 WARM_UP_SECONDS = 1.0  # of the timed work itself, so that clocks and power have settled
@@ -36,7 +36,7 @@ HOST_SHAPE = 8, 32, 16  # M, K, N: kernels shorter than their launches
 HOST_BLOCK = 50  # calls between two synchronizations: with backward under 1000 launches, which the queue holds
 
 
-# ------------------------------------------------------------------------- the rival: Triton, three TF32 products
+# ---------------------------------------------------------------- the rival: Triton, TF32 or several 16-bit products
 
 
 def _config(tile_m, tile_n, tile_k, warps, stages):
@@ -51,11 +51,11 @@ def _config(tile_m, tile_n, tile_k, warps, stages):
         _config(64, 128, 32, warps=4, stages=3),
         _config(128, 256, 32, warps=8, stages=3),  # spills some registers; as wide as the accumulators allow
     ],
-    key=["rows", "k", "n"],
+    key=["rows", "k", "n", "input_precision"],
 )
 @triton.jit
 def triton_layer_kernel(
-    x_ptr, w_ptr, bias_ptr, out_ptr, rows, k, n, scale,
+    x_ptr, w_ptr, bias_ptr, out_ptr, rows, k, n, scale, input_precision: tl.constexpr,
     tile_m: tl.constexpr, tile_n: tl.constexpr, tile_k: tl.constexpr, group_m: tl.constexpr,
 ):  # fmt: skip
     # Tiles run in groups of group_m rows of tiles, column by column: neighbours in time share x and W in L2.
@@ -74,7 +74,7 @@ def triton_layer_kernel(
     for start in range(0, k, tile_k):
         a = tl.load(x_tile, mask=at_k[None, :] < k - start, other=0.0)
         b = tl.load(w_tile, mask=at_k[:, None] < k - start, other=0.0)
-        z = tl.dot(a, b, z, input_precision="tf32x3")
+        z = tl.dot(a, b, z, input_precision=input_precision)
         x_tile += tile_k
         w_tile += tile_k
     z += tl.load(bias_ptr + col, mask=col < n, other=0.0)[None, :]
@@ -83,28 +83,30 @@ def triton_layer_kernel(
     tl.store(out_ptr + m.to(tl.int64)[:, None] * n + col[None, :], out, mask=inside)
 
 
-def triton_layer(x, weight, bias, scale):
-    """The layer for contiguous float32 x [M, K], weight [N, K], bias [N]."""
+def triton_layer(x, weight, bias, scale, input_precision):
+    """The layer for contiguous float32 x [M, K], weight [N, K], bias [N]; input_precision: as of triton's dot."""
     (rows, k), n = x.shape, weight.shape[0]
     out = x.new_empty(rows, n)
     triton_layer_kernel[lambda tile: (triton.cdiv(rows, tile["tile_m"]) * triton.cdiv(n, tile["tile_n"]),)](
-        x, weight, bias, out, rows, k, n, scale
+        x, weight, bias, out, rows, k, n, scale, input_precision
     )
     return out
+
+
+TRITON_PRECISIONS = {"highest": ("tf32x3", "bf16x3", "bf16x6"), "high": ("tf32",), "medium": ("tf32",)}
 
 
 # ------------------------------------------------------------------------------------------------- measuring
 
 
 def times_in_turns(functions, repeats):
-    """{name: (median, p10, p90) in ms} of a dict of functions: CUDA events, in turns, L2 overwritten before each."""
-    l2_bytes = torch.cuda.get_device_properties().L2_cache_size
-    flush = torch.empty(4 * l2_bytes, dtype=torch.int8, device="cuda")
+    """{name: (median, p10, p90) in ms} of a dict of functions: CUDA events, in turns, L2 flushed before each."""
+    flush = l2_flush()
 
     def turn():
         events = {}
         for name, function in functions.items():
-            flush.zero_()  # also hides the launches that follow: the GPU is busy while the host issues them
+            flush()  # also hides the launches that follow: the GPU is busy while the host issues them
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             function()
@@ -174,7 +176,10 @@ def time_section(arguments):
         "eager": lambda: eager(x),
         "torch.compile": lambda: compiled(x),
         "library + epilogue": lambda: model_new._library_cuda(x, weight, bias, SCALE),  # whatever kernel is selected
-        "Triton tf32x3, fused epilogue": lambda: triton_layer(x, weight, bias, SCALE),
+        **{
+            f"Triton {kind}, fused epilogue": lambda kind=kind: triton_layer(x, weight, bias, SCALE, kind)
+            for kind in TRITON_PRECISIONS[arguments.precision]
+        },
         "ModelNew": lambda: new(x),
         "cuBLAS SGEMM": lambda: torch.mm(x, weight.t(), out=product),
         YARDSTICK: lambda: torch.mm(x_half, weight_half.t(), out_dtype=torch.float32),
@@ -212,10 +217,43 @@ def time_section(arguments):
         values["kernel"] = kernel if name == "ModelNew" else None
         results.append(row(arguments, "time", name, arguments.shape, **values))
     print("error: Frobenius; compon.: max |err|/(|x|·|W|ᵀ+|b|+s); both against float64")
-    if "Triton tf32x3, fused epilogue" in times:
-        best = triton_layer_kernel.best_config
-        tiles = "x".join(str(best.kwargs[key]) for key in ("tile_m", "tile_n", "tile_k"))
-        print(f"Triton chose tiles of {tiles}, {best.num_warps} warps, {best.num_stages} stages")
+    return results, True
+
+
+def time_16bit_section(arguments):
+    """float16 and bfloat16: the layer and its rivals; * marks the bare GEMM, whose error is that of x·Wᵀ alone."""
+    rows, k, n = arguments.shape
+    print(f"{'':31}{'ms':>8}{'p10':>8}{'p90':>8}{'speedup':>9}{'/GEMM':>7}{'error':>9}{'compon.':>9}")
+    results = []
+    for dtype in (torch.float16, torch.bfloat16):
+        eager, new = Model(k, n, SCALE).cuda().to(dtype), ModelNew(k, n, SCALE).cuda().to(dtype)
+        new.load_state_dict(eager.state_dict())
+        weight, bias = new.gemm.weight, new.gemm.bias
+        x, compiled = torch.rand(rows, k, device="cuda").to(dtype), torch.compile(eager)
+        kernel, gemm = select_kernel(x, weight, bias), "cuBLAS GEMM"
+        functions = {
+            "eager": lambda eager=eager, x=x: eager(x),
+            "torch.compile": lambda compiled=compiled, x=x: compiled(x),
+            "library + epilogue": lambda x=x, w=weight, b=bias: model_new._library_cuda(x, w, b, SCALE),
+            "ModelNew": lambda new=new, x=x: new(x),
+            gemm: lambda x=x, w=weight: torch.mm(x, w.t()),
+        }
+        errors = {}
+        for name, function in functions.items():
+            layer = (torch.zeros_like(bias), 0.0) if name == gemm else (bias, SCALE)
+            errors |= errors_against_float64({name: function()}, x, weight, *layer)
+        times = times_in_turns(functions, arguments.repeats)
+        short = str(dtype).removeprefix("torch.")
+        for name, (ms, p10, p90) in times.items():
+            speedup, ratio = times["eager"][0] / ms, ms / times[gemm][0]
+            label = f"{short}: {name}" + (f" ({kernel})" if name == "ModelNew" else " *" * (name == gemm))
+            print(f"{label:31}{ms:8.4f}{p10:8.4f}{p90:8.4f}{speedup:8.2f}x{ratio:7.2f}", end="")
+            print("".join(f"{error:9.1e}" for error in errors[name]))
+            values = {"dtype": short, "ms": ms, "p10": p10, "p90": p90, "speedup": speedup, "ratio_to_gemm": ratio}
+            values |= {"error_frobenius": errors[name][0], "error_componentwise": errors[name][1]}
+            values |= {"error_of": "product" if name == gemm else "out"}
+            values["kernel"] = kernel if name == "ModelNew" else None
+            results.append(row(arguments, "time-16bit", name, arguments.shape, **values))
     return results, True
 
 
@@ -433,7 +471,13 @@ def host_section(arguments):
 
 # ----------------------------------------------------------------------------------------- the command line
 
-SECTIONS = {"time": time_section, "accuracy": accuracy_section, "epilogue": epilogue_section, "host": host_section}
+SECTIONS = {
+    "time": time_section,
+    "time-16bit": time_16bit_section,
+    "accuracy": accuracy_section,
+    "epilogue": epilogue_section,
+    "host": host_section,
+}
 
 
 def _shape(text):

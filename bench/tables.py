@@ -1,6 +1,6 @@
-"""Fills the tables of README.md and docs/OPTIMIZATIONS.md from a results file of bench/reference.py.
+"""Fills the tables of README.md and docs/OPTIMIZATIONS.md from what bench/reference.py and bench/grid.py measured.
 
-    python bench/tables.py             from bench/results/nvidia-h200.json
+    python bench/tables.py             from bench/results/nvidia-h200.json, and beside it -high.json and -grid.json
     python bench/tables.py --check     writes nothing; exit status 1 where a file is not what would be written
 
 A table stands between `<!-- name -->` and `<!-- /name -->`. One whose rows the results lack is left as it is.
@@ -10,18 +10,30 @@ import argparse
 import json
 import math
 import re
+import statistics
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("README.md", "docs/OPTIMIZATIONS.md")
+SLOWER = 1.02  # times eager's time: a cell of the grid to be marked
 WHERE = "{gpu}, torch {torch}, M, K, N = {shape}, {dtype}, '{precision}'"
 LABELS = {
     "library + epilogue": "cuBLAS SGEMM + fused epilogue",
-    "Triton tf32x3, fused epilogue": "Triton, tf32x3, fused epilogue",
     "cuBLAS SGEMM": "cuBLAS SGEMM alone *",
     "cuBLAS fp16, float32 output": "yardstick: cuBLAS fp16 GEMM, float32 output *",
+    "cuBLAS GEMM": "cuBLAS GEMM alone *",
 }
+
+
+def results_path(gpu="NVIDIA H200", suffix=""):
+    """Where what was measured on a GPU of this name is kept; suffix: "" or "high" (bench/reference.py), "grid"."""
+    return companion(ROOT / "bench/results" / (re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"), suffix)
+
+
+def companion(path, suffix):
+    """The file beside a results file that holds the same GPU's results of another kind."""
+    return path.with_stem(f"{path.stem}-{suffix}") if suffix else path
 
 
 def error(value):
@@ -34,7 +46,10 @@ def table(header, rows):
 
 
 def label(row):
-    return LABELS.get(row["name"], row["name"]) + (f" ({row['kernel']})" if row["kernel"] else "")
+    text = LABELS.get(row["name"], row["name"]) + (f" ({row['kernel']})" if row["kernel"] else "")
+    if row["dtype"] != "float32":
+        return text.replace("SGEMM", "GEMM")
+    return text if row["precision"] == "highest" else text.replace("SGEMM", "TF32 GEMM")
 
 
 def times(rows, full):
@@ -62,11 +77,24 @@ def accuracy(rows):
             worse = not ours <= library and not (math.isnan(ours) and math.isnan(library))  # both: 0 / 0 somewhere
             cells += [f"**{error(ours)}**" if worse else error(ours), error(library)]
         body.append(cells)
-    header = ["data", "fp16x3, Frobenius", "SGEMM", "fp16x3, componentwise", "SGEMM"]
-    note = f"{WHERE.format(**rows[0])}. Bold: worse than SGEMM."
+    kernel, library = rows[0]["kernel"], "SGEMM" if rows[0]["precision"] == "highest" else "TF32"
+    header = ["data", f"{kernel}, Frobenius", library, f"{kernel}, componentwise", library]
+    note = f"{WHERE.format(**rows[0])}. Bold: worse than {library}."
     note += " Every call, repeated, gave the same bits." if all(row["bit_identical"] for row in rows) else ""
-    note += "" if all(row["kernel"] == "fp16x3" for row in rows) else " NOT all were computed by fp16x3."
+    note += "" if all(row["kernel"] == kernel for row in rows) else f" NOT all were computed by {kernel}."
     return f"{table(header, body)}\n\n{note}"
+
+
+def times_16bit(rows):
+    body = []
+    for row in rows:
+        cells = [row["dtype"], label(row), f"{row['ms']:.4f}", f"{row['p10']:.4f}", f"{row['p90']:.4f}"]
+        cells += [f"{row['speedup']:.2f}×", f"{row['ratio_to_gemm']:.2f}", error(row["error_frobenius"])]
+        body.append([f"**{cell}**" for cell in cells] if row["name"] == "ModelNew" else cells)
+    header = ["", "", "ms", "p10", "p90", "against eager", "/ GEMM", "error, Frobenius"]
+    note = "{gpu}, torch {torch}, M, K, N = {shape}; medians with the L2 cache flushed, timed in turns. Errors against"
+    note += " float64 on the rounded inputs. * A bare GEMM of the same dtype, without bias: its product's error."
+    return f"{table(header, body)}\n\n{note.format(**rows[0])}"
 
 
 def epilogue(rows):
@@ -82,33 +110,88 @@ def host(rows):
     return table(["host's µs per call", "eager", "ModelNew", "ratio"], body)
 
 
-TABLES = {  # marker: (section of the results, its rows -> text)
-    "results": ("time", lambda rows: times(rows, full=False)),
-    "times": ("time", lambda rows: times(rows, full=True)),
-    "accuracy": ("accuracy", accuracy),
-    "epilogue": ("epilogue", epilogue),
-    "host": ("host", host),
+def grid_panels(rows):
+    """{precision's name: ([M], [(K, N)], {(M, K, N): row})} of ModelNew's rows of the grid."""
+    panels = {}
+    for row in rows:
+        if row["name"] == "ModelNew":
+            name = f"float32, '{row['precision']}'" if row["dtype"] == "float32" else row["dtype"]
+            panels.setdefault(name, {})[tuple(row["shape"])] = row
+    return {
+        name: (sorted({m for m, _, _ in found}), list(dict.fromkeys((k, n) for _, k, n in found)), found)
+        for name, found in panels.items()
+    }
+
+
+def grid_cell(row):
+    if row is None:
+        return "–"
+    text = f"{row['speedup']:.2f} {row['kernel']}"
+    return text if row["speedup"] >= 1 / SLOWER else f"**{text}**"
+
+
+def grid(rows):
+    parts = []
+    for name, (ms, sizes, found) in grid_panels(rows).items():
+        body = [[str(m), *(grid_cell(found.get((m, *size))) for size in sizes)] for m in ms]
+        parts.append(f"{name}:\n\n" + table(["M", *(f"{k}×{n}" for k, n in sizes)], body))
+    note = "{gpu}, torch {torch}; columns: K×N. Eager's time over ModelNew's, and the kernel; medians of CUDA graphs"
+    note += f" with the L2 cache flushed, timed in turns. Bold: more than {SLOWER - 1:.0%} slower than eager."
+    return "\n\n".join([*parts, note.format(**rows[0])])
+
+
+def grid_summary(rows):
+    body = []
+    for name, (_, _, found) in grid_panels(rows).items():
+        worst = min(found.values(), key=lambda row: row["speedup"])
+        speedups = [row["speedup"] for row in found.values()]
+        plain = [1 / row["ratio_to_eager_host"] for row in found.values()]
+        cells = [f"{of(values):.2f}×" for values in (speedups, plain) for of in (min, statistics.median, max)]
+        body.append([name, *cells[:3], f"{', '.join(map(str, worst['shape']))} ({worst['kernel']})", *cells[3:]])
+    header = ["against eager", "min", "median", "max", "at its worst (M, K, N)", "plain calls: min", "median", "max"]
+    ms, sizes, _ = next(iter(grid_panels(rows).values()))
+    note = f"{{gpu}}, torch {{torch}}; M from {ms[0]} to {ms[-1]}, K×N: {', '.join(f'{k}×{n}' for k, n in sizes)}."
+    note += " On the left the device's time (CUDA graphs, L2 flushed), on the right calls back to back, the host's cost"
+    return f"{table(header, body)}\n\n{note.format(**rows[0])} included."
+
+
+TABLES = {  # marker: (section of the results, precision or None for all, its rows -> text)
+    "results": ("time", "highest", lambda rows: times(rows, full=False)),
+    "times": ("time", "highest", lambda rows: times(rows, full=True)),
+    "times-high": ("time", "high", lambda rows: times(rows, full=True)),
+    "times-16bit": ("time-16bit", "highest", times_16bit),
+    "accuracy": ("accuracy", "highest", accuracy),
+    "accuracy-high": ("accuracy", "high", accuracy),
+    "epilogue": ("epilogue", "highest", epilogue),
+    "host": ("host", "highest", host),
+    "grid": ("grid", None, grid),
+    "grid-summary": ("grid", None, grid_summary),
 }
 
 
 def fill(text, results):
-    for marker, (section, make) in TABLES.items():
+    for marker, (section, precision, make) in TABLES.items():
         pattern = re.compile(rf"(?<=<!-- {marker} -->\n).*?(?=<!-- /{marker} -->)", re.DOTALL)
-        rows = [row for row in results if row["section"] == section]
+        rows = [row for row in results if row["section"] == section and precision in (None, row["precision"])]
         if rows and pattern.search(text):
             made = make(rows) + "\n"
             text = pattern.sub(lambda _, made=made: made, text)
     return text
 
 
+def read(*paths):
+    """The rows of those results files that are there."""
+    return [row for path in paths if path.is_file() for row in json.loads(path.read_text(encoding="utf-8"))]
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="bench/tables.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=ROOT / "bench/results/nvidia-h200.json", metavar="FILE")
+    parser.add_argument("--results", type=Path, default=results_path(), metavar="FILE")
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a file would change")
     arguments = parser.parse_args(argv)
     if not arguments.results.is_file():
         parser.error(f"there is no {arguments.results}; bench/reference.py writes one")
-    results = json.loads(arguments.results.read_text(encoding="utf-8"))
+    results = read(*(companion(arguments.results, suffix) for suffix in ("", "high", "grid")))
     old = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES}
     new = {name: fill(text, results) for name, text in old.items()}
     stale = [name for name in FILES if new[name] != old[name]]

@@ -40,6 +40,49 @@ def row(section, name, **values):
     return {"section": section, "name": name} | common | times | errors | values
 
 
+def grid_rows():
+    """A grid of M = 1, 16 and K, N = (8, 24), (24, 8) at 'high' and in bfloat16; one cell was not measured."""
+    cells = {  # (dtype, M, K, N): (speedup, with the host's cost, kernel)
+        ("float32", 1, 8, 24): (0.97, 0.5, "library"),
+        ("float32", 16, 8, 24): (2.0, 1.0, "fp16x1"),
+        ("float32", 1, 24, 8): (0.99, 1.25, "library"),
+        ("float32", 16, 24, 8): (3.0, 2.0, "fp16x1"),
+        ("bfloat16", 1, 8, 24): (1.5, 1.0, "wgmma16"),
+        ("bfloat16", 16, 8, 24): (1.25, 1.0, "wgmma16"),
+        ("bfloat16", 1, 24, 8): (1.0, 1.0, "library"),
+    }
+    rows = []
+    for (dtype, *shape), (speedup, plain, kernel) in cells.items():
+        common = {"dtype": dtype, "shape": shape, "precision": "high" if dtype == "float32" else "highest"}
+        rows.append(row("grid", "eager", **common, ratio_to_eager_host=1.0) | {"speedup": 1.0})
+        ours = {"speedup": speedup, "ratio_to_eager_host": 1 / plain, "kernel": kernel}
+        rows.append(row("grid", "ModelNew", **common) | ours)
+    return [*rows, row("conditions", "grid", precision=None, dtype=None, shape=[])]
+
+
+def test_tables_of_the_grid(copy):
+    """Written from the file beside the results', where that is there, and checked with them."""
+    marked = "".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("grid", "grid-summary", "times-high"))
+    (copy / "README.md").write_text(marked)
+    results, options = copy / "results.json", ["--results", str(copy / "results.json")]
+    results.write_text("[]")
+    assert run(copy, "--check", *options).returncode == 0  # nothing was measured, nothing is stale
+    (copy / "results-grid.json").write_text(json.dumps(grid_rows()))
+    high = row("time", "library + epilogue", error_of="out", precision="high")
+    (copy / "results-high.json").write_text(json.dumps([high]))
+    assert run(copy, "--check", *options).returncode == 1
+    assert run(copy, *options).returncode == 0
+    assert run(copy, "--check", *options).returncode == 0
+    text = (copy / "README.md").read_text(encoding="utf-8")
+    assert "float32, 'high':\n\n| M | 8×24 | 24×8 |\n| --- | ---: | ---: |\n" in text
+    assert "\n| 1 | **0.97 library** | 0.99 library |\n| 16 | 2.00 fp16x1 | 3.00 fp16x1 |\n" in text
+    assert "\n| 1 | 1.50 wgmma16 | 1.00 library |\n| 16 | 1.25 wgmma16 | – |\n" in text
+    assert "| float32, 'high' | 0.97× | 1.50× | 3.00× | 1, 8, 24 (library) | 0.50× | 1.12× | 2.00× |" in text
+    assert "| bfloat16 | 1.00× | 1.25× | 1.50× | 1, 24, 8 (library) | 1.00× | 1.00× | 1.00× |" in text
+    assert "a GPU, torch 2; M from 1 to 16, K×N: 8×24, 24×8." in text
+    assert "| cuBLAS TF32 GEMM + fused epilogue | 0.012 |" in text
+
+
 def test_writes_what_it_checks_and_nothing_else(copy):
     accuracy = {"kernel": "fp16x3", "bit_identical": True, "library_error_frobenius": 1e-7}
     accuracy["library_error_componentwise"] = float("nan")

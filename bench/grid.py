@@ -1,0 +1,452 @@
+"""Times ModelNew beside eager over a grid of shapes and precisions, with and without the host's cost, and checks it.
+
+    python bench/grid.py                                            all 264 cells
+    python bench/grid.py --precisions bfloat16 --rows 1,16 --sizes 8192x8192
+    python bench/grid.py --help
+
+A cell is a precision and M, K, N. Each is timed in two ways, Model (eager) and ModelNew in turns in the same run:
+  ms       one call as a CUDA graph, the L2 cache flushed before it, CUDA events: what the device takes
+  ms_host  calls back to back, the wall clock: the longer of what the device takes and what the host takes
+and set against its roofline: the longer of the arithmetic at the rate that the tensor cores sustain, and of reading W
+and x and writing out once at the rate of a device copy, measured in the same run.
+
+Needs a CUDA device. Writes bench/results/<gpu>-grid.json: a list of rows, and one of section 'conditions'.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.reference import SCALE, row, spread
+from bench.tables import SLOWER, grid_panels, results_path
+from model_new import Model, ModelNew, _environment, errors_against_float64, l2_flush, select_kernel
+
+
+class Precision(NamedTuple):
+    """dtype: of x, W, b and out. setting: torch.set_float32_matmul_precision. products: tensor-core products that the
+    arithmetic needs. rate: FLOP/s that the tensor cores sustain. limit: of both errors of a right answer.
+    """
+
+    dtype: torch.dtype
+    setting: str
+    products: int
+    rate: float
+    limit: float
+
+
+# The rates: fp16 and bf16, fed from shared memory and registers, at the power limit of an H200.
+PRECISIONS = {
+    "highest": Precision(torch.float32, "highest", products=3, rate=840e12, limit=1e-5),
+    "high": Precision(torch.float32, "high", products=1, rate=840e12, limit=2e-3),
+    "bfloat16": Precision(torch.bfloat16, "highest", products=1, rate=868e12, limit=1e-2),
+    "float16": Precision(torch.float16, "highest", products=1, rate=840e12, limit=2e-3),
+}
+ROWS = 1, 3, 16, 64, 128, 257, 512, 1024, 2048, 4096, 8192  # M
+SIZES = (8192, 8192), (1024, 512), (768, 3072), (4096, 11008), (11008, 4096), (8191, 8193)  # K, N
+CONTENDERS = "eager", "ModelNew"
+
+DEVICE = "cuda"
+BUDGET_MS = 25  # of timed work for each contender and way of timing, within these numbers of repeats:
+FEWEST, MOST = 5, 40
+BLOCK_MS = 2.5  # of plain calls between two synchronizations, so that these cost nothing next to them
+SHORTEST_MS = 0.05  # a plain call, to choose how many make a block: about what it costs the host
+HIDDEN_MS = 0.3  # a call this long on the device hides the host's cost, and is repeated FEWEST times
+COPY_BYTES = 2**31
+WARM_UP_MS = 500  # of copying, so that the clocks have risen
+CHECKED_WORK = 2**31  # multiply-adds in float64 for the errors of a cell: of a sample of its rows where it has more
+LAUNCH_MS = 0.005  # cells with a shorter roofline are bound by their launches
+CONDITIONS = {"sm_clock_mhz": "MHz", "power_w": "W", "temperature_c": "°C"}  # as sampled: name, unit
+
+clock = time.perf_counter
+
+
+# -------------------------------------------------------------------------------------------------- arithmetic
+
+
+def cells(precisions, rows, sizes):
+    """[(precision, M, K, N)] in the order in which they are measured: all of a K, N together."""
+    return [(precision, m, k, n) for k, n in sizes for precision in precisions for m in rows]
+
+
+def roofline_ms(precision, m, k, n, copy_rate):
+    """The least time of a cell in ms; copy_rate: of a device copy, in bytes per second, read and written."""
+    dtype, _, products, rate, _ = PRECISIONS[precision]
+    compute = products * 2 * m * n * k / rate
+    memory = (n * k + m * k + m * n) * dtype.itemsize / copy_rate
+    return max(compute, memory) * 1e3
+
+
+def checked_rows(m, k, n):
+    """Indices of the rows of x whose results are checked: all, or as many as CHECKED_WORK allows, spread evenly."""
+    count = max(1, min(m, CHECKED_WORK // (k * n)))
+    return torch.linspace(0, m - 1, count).round().long()
+
+
+# --------------------------------------------------------------------------------------------------- measuring
+
+
+@functools.cache
+def cached_flush():
+    return l2_flush()
+
+
+@functools.cache
+def capture_stream():
+    return torch.cuda.Stream()
+
+
+def device_milliseconds(function):
+    """What one call of `function` takes on the device, with a cold L2 cache."""
+    cached_flush()()  # also hides the launches that follow
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def block_milliseconds(function, calls):
+    """What `calls` calls back to back take by the wall clock, until the device is done."""
+    torch.cuda.synchronize()
+    start = clock()
+    for _ in range(calls):
+        function()
+    torch.cuda.synchronize()
+    return (clock() - start) * 1e3
+
+
+def captured(function):
+    """(replay, out): a call of `function` as a CUDA graph, and the tensor that each replay writes."""
+    stream, graph = capture_stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # cuBLAS makes its workspace for a stream at the first call there
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, stream=stream):
+        out = function()
+    graph.replay()
+    return graph.replay, out
+
+
+def device_works():
+    """False after an error that leaves the CUDA context unusable: every later call would raise it again."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def samples_in_turns(samplers, budget_ms=BUDGET_MS, most=MOST):
+    """{name: [ms]} of a dict of functions that each time one thing once and return ms, called in turns.
+
+    FEWEST to `most` times, and otherwise as often as `budget_ms` for each allows, after one call that warms up.
+    """
+
+    def turn():
+        return {name: sample() for name, sample in samplers.items()}
+
+    turn()
+    turns = [turn()]
+    repeats = round(budget_ms * len(samplers) / max(sum(turns[0].values()), 1e-6))
+    turns += [turn() for _ in range(min(most, max(FEWEST, repeats)) - 1)]
+    return {name: [times[name] for times in turns] for name in samplers}
+
+
+def device_times(replays):
+    """{name: (median, p10, p90) in ms} of a dict of graphs' replays."""
+    samplers = {name: functools.partial(device_milliseconds, replay) for name, replay in replays.items()}
+    return {name: spread(samples) for name, samples in samples_in_turns(samplers).items()}
+
+
+def host_times(functions, device_ms):
+    """{name: median ms per call} of plain calls; device_ms: {name: ms on the device}, which sizes the blocks."""
+    calls = {name: math.ceil(BLOCK_MS / max(device_ms[name], SHORTEST_MS)) for name in functions}
+    samplers = {
+        name: functools.partial(block_milliseconds, function, calls[name]) for name, function in functions.items()
+    }
+    samples = samples_in_turns(samplers, 0 if min(device_ms.values()) >= HIDDEN_MS else BUDGET_MS)
+    return {name: spread(samples[name])[0] / calls[name] for name in functions}
+
+
+def copy_bytes_per_second():
+    """The rate of a device copy of COPY_BYTES of random numbers, bytes read and written."""
+    source = torch.randn(COPY_BYTES // 4, device=DEVICE)
+    target = torch.empty_like(source)
+    copy = {"copy": functools.partial(device_milliseconds, lambda: target.copy_(source))}
+    ms = spread(samples_in_turns(copy, WARM_UP_MS, most=WARM_UP_MS)["copy"])[0]
+    return 2 * source.nbytes / ms * 1e3
+
+
+@contextlib.contextmanager
+def sampled_conditions():
+    """A list that nvidia-smi fills, five times a second, with (SM clock in MHz, power in W, temperature in °C).
+
+    Empty where nvidia-smi is missing or does not know these: the times stand without it.
+    """
+    samples = []
+    device = f"--id=GPU-{torch.cuda.get_device_properties().uuid}"
+    query = "--query-gpu=clocks.sm,power.draw,temperature.gpu"
+    command = ["nvidia-smi", device, query, "--format=csv,noheader,nounits", "-lms", "200"]
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
+        yield samples
+        return
+
+    def read():
+        for line in process.stdout:
+            with contextlib.suppress(ValueError):  # a heading, or [N/A]
+                sm_clock, power, temperature = map(float, line.split(","))
+                samples.append((sm_clock, power, temperature))
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        yield samples
+    finally:
+        process.kill()
+        reader.join(timeout=5)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
+
+
+def conditions_row(samples, **values):
+    """The row of section 'conditions': {median, min, max} of what was sampled, or null, and what else is given."""
+    for name, column in zip(CONDITIONS, zip(*samples)):
+        values[name] = {"median": statistics.median(column), "min": min(column), "max": max(column)}
+    values = dict.fromkeys(CONDITIONS) | values
+    return row(argparse.Namespace(precision=None), "conditions", "grid", (), dtype=None, **values)
+
+
+# -------------------------------------------------------------------------------------------------------- grid
+
+
+def layer_pair(k, n, dtype):
+    """{contender: module} with the same parameters, drawn on the device."""
+    with torch.device(DEVICE):
+        pair = Model(k, n, SCALE).to(dtype), ModelNew(k, n, SCALE)
+    pair[1].gemm = pair[0].gemm
+    return dict(zip(CONTENDERS, pair))
+
+
+def measure(precision, x, layers, copy_rate):
+    """The two rows of a cell: x [M, K], layers as from `layer_pair`."""
+    (m, k), gemm = x.shape, layers["ModelNew"].gemm
+    n = gemm.weight.shape[0]
+    functions = {name: functools.partial(layer, x) for name, layer in layers.items()}
+    graphs = {name: captured(function) for name, function in functions.items()}
+    index = checked_rows(m, k, n).to(x.device)
+    outputs = {name: out[index] for name, (_, out) in graphs.items()}
+    errors = errors_against_float64(outputs, x[index], gemm.weight, gemm.bias, SCALE)
+    times = device_times({name: replay for name, (replay, _) in graphs.items()})
+    del graphs, outputs  # their memory is the plain calls' now
+    plain = host_times(functions, {name: ms for name, (ms, _, _) in times.items()})
+    least, setting, rows = roofline_ms(precision, m, k, n, copy_rate), PRECISIONS[precision].setting, []
+    for name, (ms, p10, p90) in times.items():
+        values = {"ms": ms, "p10": p10, "p90": p90, "ms_host": plain[name], "speedup": times["eager"][0] / ms}
+        values |= {"ratio_to_eager": ms / times["eager"][0], "ratio_to_eager_host": plain[name] / plain["eager"]}
+        values |= {"roofline_ms": least, "of_roofline": least / ms, "rows_checked": len(index)}
+        values |= {"error_frobenius": errors[name][0], "error_componentwise": errors[name][1]}
+        values |= {"kernel": select_kernel(x, gemm.weight, gemm.bias) if name == "ModelNew" else None}
+        values |= {"dtype": str(x.dtype).removeprefix("torch.")}
+        rows.append(row(argparse.Namespace(precision=setting), "grid", name, (m, k, n), **values))
+    return rows
+
+
+def wrong(precision, measured):
+    """Whether ModelNew's errors in a cell's rows exceed what the precision allows, or are NaN."""
+    limit = PRECISIONS[precision].limit
+    errors = [(r["error_frobenius"], r["error_componentwise"]) for r in measured if r["name"] == "ModelNew"]
+    return not all(error <= limit for pair in errors for error in pair)
+
+
+def show_progress(done, cell, todo, seconds):
+    """One line on stderr: redrawn where that is a terminal, otherwise printed after each K, N. `cell` was the last."""
+    precision, m, k, n = cell
+    last = done == len(todo)
+    if sys.stderr.isatty():
+        bar = "#" * (40 * done // len(todo))
+        text = f"[{bar:.<40}] {done}/{len(todo)} cells, {seconds:.0f} s, {precision} {m}, {k}, {n}"
+        print(f"\r{text[:110]:110}", end="\n" if last else "", file=sys.stderr, flush=True)
+    elif last or todo[done][2:] != (k, n):
+        print(f"K, N = {k}, {n}: {done}/{len(todo)} cells, {seconds:.0f} s", file=sys.stderr, flush=True)
+
+
+def measure_grid(todo, seconds, copy_rate, save):
+    """(rows, failed, missing): the cells of `todo` measured one after the other, until `seconds` have passed.
+
+    failed: cells that raised or are wrong; missing: those for which no time was left, or no working device.
+    `save(rows)` is called after each K, N.
+    """
+    start, results, failed = clock(), [], []
+    most_rows = max(m for _, m, _, _ in todo)
+    size, layers, xs = None, {}, {}
+    for done, cell in enumerate(todo):
+        precision, m, k, n = cell
+        if clock() - start > seconds:
+            return results, failed, todo[done:]
+        if size != (k, n):
+            save(results)
+            size, layers, xs = (k, n), {}, {}
+        dtype, setting, *_ = PRECISIONS[precision]
+        torch.set_float32_matmul_precision(setting)
+        try:
+            if dtype not in layers:
+                layers[dtype] = layer_pair(k, n, dtype)
+                xs[dtype] = torch.randn(most_rows, k, device=DEVICE).to(dtype)
+            measured = measure(precision, xs[dtype][:m], layers[dtype], copy_rate)
+        except Exception:  # the other cells still stand, and so does the file
+            traceback.print_exc(limit=-4)
+            failed.append(cell)
+            if not device_works():
+                return results, failed, todo[done + 1 :]
+            continue
+        results += measured
+        if wrong(precision, measured):
+            failed.append(cell)
+            errors = measured[-1]["error_frobenius"], measured[-1]["error_componentwise"]
+            print(f"\n!!! WRONG: {describe(measured[-1])}, errors {errors}", file=sys.stderr, flush=True)
+        show_progress(done + 1, cell, todo, clock() - start)
+    return results, failed, []
+
+
+# ------------------------------------------------------------------------------------------------------ report
+
+INITIALS = {"library": "l", "fp16x3": "3", "fp16x1": "1", "fp16x1_staged": "s", "wgmma16": "w"}
+
+
+def describe(r):
+    """A row of ModelNew in one line."""
+    where = f"{r['dtype']} '{r['precision']}'" if r["dtype"] == "float32" else r["dtype"]
+    return (
+        f"{where:18}{r['shape']!s:20} {r['kernel']:13} {r['ms']:.4f} ms, roofline {r['roofline_ms']:.4f}, "
+        f"of eager {r['ratio_to_eager']:.3f}, plain {r['ratio_to_eager_host']:.3f}"
+    )
+
+
+def entry(r):
+    """A row of ModelNew in a table of the report."""
+    if r is None:
+        return "-"
+    kernel = INITIALS.get(r["kernel"], r["kernel"])
+    return f"{r['ratio_to_eager']:.2f}/{r['ratio_to_eager_host']:.2f} {kernel} {r['of_roofline']:3.0%}"
+
+
+def report(results, failed, missing):
+    """The text printed last: a table for each precision, then the cells that want attention."""
+    ours = [r for r in results if r["name"] == "ModelNew"]
+    lines = []
+    for name, (ms, sizes, found) in grid_panels(ours).items():
+        lines += ["", f"{name}: ModelNew / eager on the device / in plain calls, kernel, % of the roofline"]
+        lines.append(f"{'M':>5}" + "".join(f"{f'{k}x{n}':>18}" for k, n in sizes))
+        for m in ms:
+            lines.append(f"{m:>5}" + "".join(f"{entry(found.get((m, *size))):>18}" for size in sizes))
+    lines += ["", ", ".join(f"{initial}: {kernel}" for kernel, initial in INITIALS.items())]
+
+    slow = [r for r in ours if not max(r["ratio_to_eager"], r["ratio_to_eager_host"]) <= SLOWER]
+    lines += ["", f"more than {SLOWER - 1:.0%} slower than eager: {len(slow)} of {len(ours)} cells"]
+    lines += map(describe, slow)
+    long = sorted((r for r in ours if r["roofline_ms"] >= LAUNCH_MS), key=lambda r: r["of_roofline"])
+    short = [r["of_roofline"] for r in ours if r["roofline_ms"] < LAUNCH_MS]
+    lines += ["", f"furthest from the roofline, of the cells where that is at least {LAUNCH_MS * 1e3:g} µs"]
+    lines += [f"{r['of_roofline']:4.0%} {describe(r)}" for r in long[:10]]
+    if short:
+        lines.append(f"the {len(short)} with a shorter one: {min(short):.0%} to {max(short):.0%}")
+    if missing:
+        lines += ["", f"NOT MEASURED, the time was up or the device failed: {len(missing)} cells, from this one on"]
+        lines.append(", ".join(map(str, missing[0])))
+    if failed:
+        lines += ["", f"!!! FAILED OR WRONG: {len(failed)} cells"]
+        lines += [", ".join(map(str, cell)) for cell in failed]
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------------- the command line
+
+
+def _list_of(pattern, convert, text):
+    parts = text.split(",")
+    if not all(re.fullmatch(pattern, part) for part in parts):
+        raise argparse.ArgumentTypeError(f"expected some of {pattern}, separated by commas, got {text!r}")
+    return [convert(part) for part in dict.fromkeys(parts)]
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(prog="bench/grid.py", description=__doc__.splitlines()[0])
+    option, number = parser.add_argument, r"0*[1-9]\d*"
+    option(
+        "--precisions",
+        type=functools.partial(_list_of, "|".join(PRECISIONS), str),
+        default=",".join(PRECISIONS),
+        help="default %(default)s",
+    )
+    option(
+        "--rows",
+        type=functools.partial(_list_of, number, int),
+        default=",".join(map(str, ROWS)),
+        metavar="M,M,...",
+        help="default %(default)s",
+    )
+    option(
+        "--sizes",
+        type=functools.partial(_list_of, f"{number}x{number}", lambda size: tuple(map(int, size.split("x")))),
+        default=",".join(f"{k}x{n}" for k, n in SIZES),
+        metavar="KxN,KxN,...",
+        help="default %(default)s",
+    )
+    option("--seconds", type=float, default=150.0, help="then the cells left are not measured (default %(default)s)")
+    option("--output", type=Path, help="default bench/results/<gpu>-grid.json")
+    return parser.parse_args(argv)
+
+
+@torch.no_grad()
+def main(argv=None):
+    """Exit status 0, or 1 where a cell failed or is wrong."""
+    arguments = parse_arguments(argv)
+    if not torch.cuda.is_available():
+        sys.exit("bench/grid.py measures GPU kernels, and PyTorch sees no CUDA device here")
+    output = arguments.output or results_path(torch.cuda.get_device_name(), "grid")
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+    def save(rows):
+        output.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
+
+    todo = cells(arguments.precisions, arguments.rows, arguments.sizes)
+    print(f"{_environment()}; {len(todo)} cells", flush=True)
+    start, precision_before = clock(), torch.get_float32_matmul_precision()
+    with sampled_conditions() as samples:
+        copy_rate = copy_bytes_per_second()
+        try:
+            results, failed, missing = measure_grid(todo, arguments.seconds, copy_rate, save)
+        finally:
+            torch.set_float32_matmul_precision(precision_before)
+    values = {"copy_gb_per_s": copy_rate / 1e9, "seconds": clock() - start, "not_measured": missing, "failed": failed}
+    conditions = conditions_row(samples, **values)
+    save([*results, conditions])
+    print(report(results, failed, missing))
+    print(f"\ncopy {copy_rate / 1e9:.0f} GB/s; {clock() - start:.0f} s; median, min, max of {len(samples)} samples:")
+    for name, unit in CONDITIONS.items():
+        print(f"  {unit}: " + (", ".join(f"{v:g}" for v in conditions[name].values()) if samples else "not sampled"))
+    print(f"wrote {output.name}: {len(results) + 1} rows")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
