@@ -247,6 +247,11 @@ __device__ __forceinline__ float4 ld_shared_v4(uint32_t address) {
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
   return v;
 }
+__device__ __forceinline__ float2 ld_shared_v2(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
+  return v;
+}
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
@@ -312,16 +317,16 @@ template <int kN> struct Wgmma;
 #define NAMES8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define NAMES16 NAMES8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define NAMES32 NAMES16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define NAMES64                                                                                                \
-  NAMES32                                                                                                      \
-      ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
-      "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define NAMES128                                                                                                 \
-  NAMES64                                                                                                        \
-      ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "   \
-      "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, " \
-      "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, "   \
-      "%121, %122, %123, %124, %125, %126, %127"
+#define NAMES64                                                                                            \
+  NAMES32                                                                                                  \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
+  "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAMES128                                                                                             \
+  NAMES64                                                                                                    \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, "   \
+  "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, " \
+  "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, "   \
+  "%121, %122, %123, %124, %125, %126, %127"
 // kRegisters: of d, which are the first operands; i0 to i5: the numbers of those that follow.
 #define DEFINE_WGMMA(kN, kRegisters, i0, i1, i2, i3, i4, i5)                                                   \
   template <> struct Wgmma<kN> {                                                                               \
@@ -468,7 +473,7 @@ constexpr int kThreads = 128 * (1 + kConsumerWarpgroups);
 constexpr int kMaxShared = 232448;  // bytes of a Hopper block
 
 // What a block computes, and how. Element: of x, W, bias and out.
-template <Operands kOperands_, typename Element_, int kRows_, bool kSplitK_> struct Tile {
+template <Operands kOperands_, typename Element_, int kRows_, bool kSplitK_, bool kTransposedW_ = false> struct Tile {
   using Element = Element_;
   static constexpr Operands kOperands = kOperands_;
   static constexpr int kRows = kRows_;
@@ -480,12 +485,18 @@ template <Operands kOperands_, typename Element_, int kRows_, bool kSplitK_> str
   static constexpr bool kIsFloat = std::is_same_v<Element, float>;
   static constexpr bool kFromRegisters = kOperands == Operands::kSplit || kOperands == Operands::kRounded;  // wgmma's A
   using WElement = std::conditional_t<kOperands == Operands::kStaged, __half, Element>;  // as it comes by TMA
-  static constexpr int kWBoxes = sizeof(WElement) / 2;                                   // of 128 bytes a row
-  static constexpr int kWStageBytes = kTileN * kTileK * int(sizeof(WElement));  // WElement [kWBoxes][kTileN][64 or 32]
-  static constexpr int kXPartBytes = kPanelM * kTileK * 2;                      // half or Element [kPanelM][kTileK]
-  static constexpr int kXStageBytes = kParts * kXPartBytes;                     // one panel
-  static constexpr int kSumBytes = kSplitK ? kRows * kTileN * 4 : 0;            // float [kRows / 2][kConsumerThreads]
-  static constexpr int kRoom = kMaxShared - kSumBytes - 1024;                   // 1024: for barriers, and for alignment
+  static constexpr bool kTransposedW = kTransposedW_;  // W comes as [k, n], or else as [n, k]
+  static_assert(!kTransposedW || kOperands == Operands::kSplit);
+  // W's stage: boxes whose rows have 128 bytes. [2][kTileN][32] floats, [4][kTileK][32] floats of a transposed W, or
+  // [kTileN][64] of 16 bits.
+  static constexpr int kWBoxRows = kTransposedW ? kTileK : kTileN;
+  static constexpr int kWStageBytes = kTileN * kTileK * int(sizeof(WElement));
+  static constexpr int kWBoxes = kWStageBytes / (kWBoxRows * 128);
+  static constexpr int kColumnStep = kTransposedW ? 1 : 8;   // between the two columns of out that a thread has
+  static constexpr int kXPartBytes = kPanelM * kTileK * 2;   // half or Element [kPanelM][kTileK]
+  static constexpr int kXStageBytes = kParts * kXPartBytes;  // one panel
+  static constexpr int kSumBytes = kSplitK ? kRows * kTileN * 4 : 0;  // float [kRows / 2][kConsumerThreads]
+  static constexpr int kRoom = kMaxShared - kSumBytes - 1024;         // 1024: for barriers, and for alignment
   static constexpr int kXStages = kPanels * std::min(12, kRoom / (kWStageBytes + kPanels * kXStageBytes));
   static constexpr int kWStages = std::min(12, (kRoom - kXStages * kXStageBytes) / kWStageBytes);
   static constexpr int kBarrierBytes = 2 * (kWStages + kXStages) * 8;
@@ -559,11 +570,12 @@ __device__ __forceinline__ float4 load_four(const float* row, int at, int k, boo
 }
 
 // One block for each row of x [m, k] with row stride x_stride, and for the rows missing to a multiple of kMaxRows.
-// kParts: 2 for hi and lo, 1 for hi. kHasOutliers: whether they are set apart, as rows of x allow.
+// kParts: 2 for hi and lo, 1 for hi. kHasOutliers: whether they are set apart, as rows of x allow. is_in_order: k keeps
+// its order, for a transposed W.
 template <int kParts, bool kHasOutliers>
 __global__ void __launch_bounds__(kSplitThreads)
     split_rows_kernel(const float* __restrict__ x, int64_t x_stride, const SplitRows split, int m, int k,
-                      bool is_aligned) {
+                      bool is_aligned, bool is_in_order) {
 #ifdef HAS_SM90A
   griddepcontrol_launch_dependents();
   if (blockIdx.x >= m) {
@@ -634,11 +646,12 @@ __global__ void __launch_bounds__(kSplitThreads)
       }
     }
     const int q = at / 4 % 4;
-    const int64_t to = blockIdx.x * int64_t(split.padded_k) + at / 16 * 16 + (odd ? 8 : 0) + q / 2 * 4;
+    const int64_t to =
+        blockIdx.x * int64_t(split.padded_k) + (is_in_order ? at : at / 16 * 16 + (odd ? 8 : 0) + q / 2 * 4);
     auto store_part = [&](__half* part, uint32_t first, uint32_t second) {
       const uint32_t other = __shfl_xor_sync(~0u, odd ? first : second, 1);
-      if (at < split.padded_k)
-        *reinterpret_cast<uint2*>(part + to) = odd ? make_uint2(other, second) : make_uint2(first, other);
+      if (!is_in_order) (odd ? first : second) = other;
+      if (at < split.padded_k) *reinterpret_cast<uint2*>(part + to) = make_uint2(first, second);
     };
     uint32_t h[2], l[2];
     split2(v.x, v.y, scale, h[0], l[0]);
@@ -739,6 +752,17 @@ __device__ __forceinline__ void load_step(WBlock& block, int step, uint32_t addr
   }
 }
 
+// The same of a transposed W, whose k are in their own order. address: of the thread's 8 bytes, rows r and r + 8, in
+// k = 2q. Those of k = 2q + 1 differ in one bit under the swizzle, those of k + 8 do not.
+__device__ __forceinline__ void load_step_transposed(WBlock& block, int step, uint32_t address) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {  // k = 2q, 2q + 1, 2q + 8, 2q + 9
+    const int k = step * 16 + i % 2 + i / 2 * 8;
+    const float2 v = ld_shared_v2((i % 2 ? address ^ 16 : address) + k * 128);
+    block.step[step][i] = __float_as_uint(v.x), block.step[step][4 + i] = __float_as_uint(v.y);
+  }
+}
+
 // For the largest |w| of a row's 64: this thread's sixteen and its three neighbours'. half: row r or r + 8.
 __device__ __forceinline__ float scale_of_row(const WBlock& block, int half) {
   float largest = 0;
@@ -827,8 +851,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         const uint32_t barrier = w_full + 8 * ring.stage, to = w_stages + ring.stage * T::kWStageBytes;
         mbarrier_wait(w_empty + 8 * ring.stage, ring.phase ^ 1);
         mbarrier_arrive_expect_tx(barrier, T::kWStageBytes);
+        const int k0 = k_block * kTileK;
         for (int box = 0; box < T::kWBoxes; ++box)
-          cp_async_bulk_tensor_2d(to + box * kTileN * 128, &w_map, k_block * kTileK + box * 32, n0, barrier, 1 << rank);
+          cp_async_bulk_tensor_2d(to + box * T::kWBoxRows * 128, &w_map,
+                                  T::kTransposedW ? n0 + box * 32 : k0 + box * 32, T::kTransposedW ? k0 : n0, barrier,
+                                  1 << rank);
       };
       auto load_x = [&](int m0, int k_block, Ring<kXStages> ring) {  // this block's slice, for all that share it
         constexpr int rows = T::kPanelM / T::kSharers;
@@ -866,9 +893,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     setmaxnreg_inc<T::kConsumerRegisters>();
     griddepcontrol_wait();  // for inverse_scale
     const int consumer = warp / 4 - 1, r = lane / 4, q = lane % 4;
-    // Float32 W: the fragment's row r is W's row 0 4 1 5 2 6 3 7 of eight: the eight lanes that load 16 bytes together
-    // then touch all banks under the swizzle, where rows r and r + 1 would collide.
-    auto row_of = [&](int r_) { return (warp - 4) * 16 + (T::kFromRegisters ? r_ / 2 + r_ % 2 * 4 : r_); };
+    // W's row that is the fragment's row r; row r + 8 is kColumnStep further. Float32: 0 4 1 5 2 6 3 7 of eight, so
+    // that the eight lanes that load 16 bytes together touch all banks under the swizzle, where rows r and r + 1 would
+    // collide. Transposed: rows r and r + 8 are neighbours, for loads of 8 bytes.
+    auto row_of = [&](int r_) {
+      const int in_warp = T::kTransposedW ? 2 * r_ : T::kFromRegisters ? r_ / 2 + r_ % 2 * 4 : r_;
+      return (warp - 4) * 16 + in_warp;
+    };
 
     // [groups of 8 m][row r, row r + 8][m = 2q, 2q + 1], written [4 * groups]
     float total[T::kRows / 2];
@@ -893,8 +924,18 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     // ---- float32 W, in registers
     WBlock w;
-    const uint32_t w_address = w_stages + row_of(r) * 128 + (q ^ row_of(r) % 8) * 16;
-    auto load_w = [&](int step) { load_step(w, step, w_address + w_ring.stage * T::kWStageBytes); };
+    // The thread's first bytes in a stage. Transposed: in row k = 2q of the box that has the warp's columns.
+    const uint32_t w_address =
+        w_stages + (T::kTransposedW ? row_of(0) / 32 * (kTileK * 128) + 2 * q * 128 +
+                                          ((row_of(r) % 32 / 4) ^ (2 * q)) * 16 + row_of(r) % 4 * 4
+                                    : row_of(r) * 128 + (q ^ row_of(r) % 8) * 16);
+    auto load_w = [&](int step) {
+      const uint32_t address = w_address + w_ring.stage * T::kWStageBytes;
+      if constexpr (T::kTransposedW)
+        load_step_transposed(w, step, address);
+      else
+        load_step(w, step, address);
+    };
     // The scales of what was loaded, after which the stage is given back. They need all of it, and the release is made
     // to depend on them: issued right behind the loads, it would overtake those that wait behind queued wgmmas.
     auto find_scales = [&](float (&scale)[2]) {
@@ -1114,22 +1155,24 @@ __global__ void __launch_bounds__(kThreads, 1)
       const Element* all_bias = static_cast<const Element*>(args.bias);
       Element* out = static_cast<Element*>(args.out);
       Element* z = static_cast<Element*>(args.z);
-      auto n_of = [&](int r_, int half) { return n0 + row_of(r_) + half * 8; };
+      auto n_of = [&](int r_, int half) { return n0 + row_of(r_) + half * T::kColumnStep; };
       if (T::kOperands == Operands::kStaged)
         scale_total(args.w_split.inverse_scale[n_of(r, 0)], args.w_split.inverse_scale[n_of(r, 1)]);
       [[maybe_unused]] const bool is_whole = m0 + T::kRows <= args.m && n0 + kTileN <= args.n && args.n % 2 == 0;
       float bias[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        bias[half] = n_of(r, half) < args.n ? to_compute(all_bias[n_of(r, half)]) : 0;
+        bias[half] = all_bias != nullptr && n_of(r, half) < args.n ? to_compute(all_bias[n_of(r, half)]) : 0;
+
+      [[maybe_unused]] auto w_at = [&](int n, int k) {  // float32 W
+        const float* all_w = static_cast<const float*>(args.w);
+        return T::kTransposedW ? all_w + k * args.w_stride + n : all_w + n * args.w_stride + k;
+      };
 
       // Groups of 8 rows: four of a thread's elements, two rows of out from m = the group's first + 2q and two columns,
       // as [column][row]. A warp's stores fill whole 32-byte sectors.
       // Float32, rows with outliers: adds their products, in the scale of the row's others.
       auto add_outliers = [&](int m, float* values) {
-        const float* all_w = static_cast<const float*>(args.w);
-        const float* w_rows[2] = {all_w + min(n_of(r, 0), args.n - 1) * args.w_stride,
-                                  all_w + min(n_of(r, 1), args.n - 1) * args.w_stride};
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const float inverse = args.x_split.inverse_scale[m + e];
@@ -1138,8 +1181,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
           for (int j = 0; j < Outliers::kMax && outliers.k[j] >= 0; ++j) {
             const float value = outliers.value[j] * inverse_of(-inverse);
-            values[e] = fmaf(value, w_rows[0][outliers.k[j]], values[e]);
-            values[e + 2] = fmaf(value, w_rows[1][outliers.k[j]], values[e + 2]);
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+              values[e + 2 * half] =
+                  fmaf(value, *w_at(min(n_of(r, half), args.n - 1), outliers.k[j]), values[e + 2 * half]);
           }
         }
       };
@@ -1156,7 +1201,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             check = fmaf(product, 0.0f, check);
             const float value = act(product + bias[e / 2]);
             if (m + group * 8 + e % 2 < args.m && n_of(r, e / 2) < args.n)
-              (e % 2 ? to + args.n : to)[e / 2 * 8] = value;
+              (e % 2 ? to + args.n : to)[e / 2 * T::kColumnStep] = value;
           }
         }
       };
@@ -1234,8 +1279,12 @@ __global__ void __launch_bounds__(kThreads, 1)
         if constexpr (T::kIsFloat) {
           constexpr int kElements = kRowsAtOnce / 2;
           const float* all_x = static_cast<const float*>(args.x);
-          const float* all_w = static_cast<const float*>(args.w);
-          const bool is_aligned = T::kFromRegisters || args.is_aligned;
+          const bool is_aligned = (T::kFromRegisters && !T::kTransposedW) || args.is_aligned;
+          auto load_w_four = [&](int n, int k) {
+            if (!T::kTransposedW) return load_four(w_at(n, 0), k, args.k, is_aligned);
+            auto w_or_zero = [&](int k_) { return k_ < args.k ? *w_at(n, k_) : 0; };
+            return float4{w_or_zero(k), w_or_zero(k + 1), w_or_zero(k + 2), w_or_zero(k + 3)};
+          };
           auto m_of = [&](int i, int q_) { return m_first + i / 4 * 8 + q_ * 2 + i % 2; };
           auto at = [&](int i) { return int64_t(m_of(i, q)) * args.n + n_of(r, i / 2 % 2); };
           auto store = [&](int i, float product) {
@@ -1256,12 +1305,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
             for (int first = 0; first < kElements; first += 8) {
               float sum[8] = {};
-              const float* w_row = all_w + min(n_of(r, 0), args.n - 1) * args.w_stride;
-              const int64_t w_next = (min(n_of(r, 1), args.n - 1) - min(n_of(r, 0), args.n - 1)) * args.w_stride;
 #pragma unroll 1
               for (int k = 0; k < args.k; k += 4) {
-                const float4 a[2] = {load_four(w_row, k, args.k, is_aligned),
-                                     load_four(w_row + w_next, k, args.k, is_aligned)};
+                const float4 a[2] = {load_w_four(min(n_of(r, 0), args.n - 1), k),
+                                     load_w_four(min(n_of(r, 1), args.n - 1), k)};
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
                   if (i / 2 % 2) continue;
@@ -1279,12 +1326,11 @@ __global__ void __launch_bounds__(kThreads, 1)
             for (unsigned lanes; (lanes = __ballot_sync(~0u, not_finite != 0)) != 0;) {
               const int owner = __ffs(lanes) - 1;
               const int i = __shfl_sync(~0u, __ffsll(not_finite) - 1, owner);
-              const float* w_row = all_w + n_of(owner / 4, i / 2 % 2) * args.w_stride;
+              const int n = n_of(owner / 4, i / 2 % 2);
               const float* x_row = all_x + m_of(i, owner % 4) * args.x_stride;
               float sum = 0;
-              for (int k = lane * 4; k < args.k; k += 128) {
-                sum = add_dot(load_four(w_row, k, args.k, is_aligned), load_four(x_row, k, args.k, is_aligned), sum);
-              }
+              for (int k = lane * 4; k < args.k; k += 128)
+                sum = add_dot(load_w_four(n, k), load_four(x_row, k, args.k, is_aligned), sum);
               for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
               if (lane == owner) {
                 store(i, sum);
@@ -1379,9 +1425,9 @@ static cudaError_t encode_tensor_map(CUtensorMap* map, T* base, int64_t rows, in
 
 template <int kParts, bool kHasOutliers>
 static cudaError_t launch_split_rows(const void* from, int64_t stride, const SplitRows& to, int rows, int k,
-                                     bool is_aligned, cudaStream_t stream) {
+                                     bool is_aligned, bool is_in_order, cudaStream_t stream) {
   split_rows_kernel<kParts, kHasOutliers><<<unsigned(SplitRows::padded_m(rows)), kSplitThreads, 0, stream>>>(
-      static_cast<const float*>(from), stride, to, rows, k, is_aligned);
+      static_cast<const float*>(from), stride, to, rows, k, is_aligned, is_in_order);
   return cudaGetLastError();
 }
 
@@ -1421,27 +1467,30 @@ template <typename T> static cudaError_t resident_clusters(int device, int* clus
 }
 
 // splits: blocks that share a tile, each with a part of K; 0 where they share x.
-template <Operands kOperands, typename Element, int kRows, bool kSplitK>
-static cudaError_t launch(const Arguments& args, int splits, int device, cudaStream_t stream) {
-  using T = Tile<kOperands, Element, kRows, kSplitK>;
+template <typename T>
+static cudaError_t launch_tile(const Arguments& args, int splits, int device, cudaStream_t stream) {
+  using Element = typename T::Element;
   cudaError_t error = cudaSuccess;
   // First, so that the GPU has work while the host prepares the rest.
-  if constexpr (kOperands == Operands::kStaged)
-    error = launch_split_rows<1, false>(args.w, args.w_stride, args.w_split, args.n, args.k, args.is_aligned, stream);
+  if constexpr (T::kOperands == Operands::kStaged)
+    error = launch_split_rows<1, false>(args.w, args.w_stride, args.w_split, args.n, args.k, args.is_aligned, false,
+                                        stream);
   if constexpr (T::kIsFloat)
     if (error == cudaSuccess)
       error = launch_split_rows<T::kParts, true>(args.x, args.x_stride, args.x_split, args.m, args.k, args.is_aligned,
-                                                 stream);
+                                                 T::kTransposedW, stream);
   CUtensorMap w_map, x_map, x_lo_map;
   const auto encode = [&](CUtensorMap* map, auto* base, int rows, int k, int64_t stride, int box_rows) {
     if (error == cudaSuccess) error = encode_tensor_map(map, base, rows, k, stride, box_rows);
   };
   const SplitRows &x = args.x_split, &w = args.w_split;
   constexpr int x_rows = T::kPanelM / T::kSharers;
-  if constexpr (kOperands == Operands::kStaged)
-    encode(&w_map, w.hi, args.n, w.padded_k, w.padded_k, kTileN);
+  if constexpr (T::kOperands == Operands::kStaged)
+    encode(&w_map, w.hi, args.n, w.padded_k, w.padded_k, T::kWBoxRows);
+  else if constexpr (T::kTransposedW)
+    encode(&w_map, static_cast<const Element*>(args.w), args.k, args.n, args.w_stride, T::kWBoxRows);
   else
-    encode(&w_map, static_cast<const Element*>(args.w), args.n, args.k, args.w_stride, kTileN);
+    encode(&w_map, static_cast<const Element*>(args.w), args.n, args.k, args.w_stride, T::kWBoxRows);
   if constexpr (T::kIsFloat) {
     encode(&x_map, x.hi, args.m, x.padded_k, x.padded_k, x_rows);
     encode(&x_lo_map, x.lo, args.m, x.padded_k, x.padded_k, x_rows);
@@ -1453,23 +1502,25 @@ static cudaError_t launch(const Arguments& args, int splits, int device, cudaStr
   if (error == cudaSuccess) error = resident_clusters<T>(device, &resident);
   if (error != cudaSuccess) return error;
   const int clusters = TileScheduler<T>(args.m, args.n).clusters();
-  const Launch<T> launch(kSplitK ? clusters : std::min(resident, clusters), kSplitK ? splits : T::kSharers, stream);
+  const Launch<T> launch(T::kSplitK ? clusters : std::min(resident, clusters), T::kSplitK ? splits : T::kSharers,
+                         stream);
   error = cudaLaunchKernelEx(&launch.config, linear_kernel<T>, w_map, x_map, x_lo_map, args);
   return error != cudaSuccess ? error : cudaGetLastError();
 }
 
 // The tiles there are; which is the best is for model_new.py to say.
-template <Operands kOperands, typename Element>
+template <Operands kOperands, typename Element, bool kTransposedW = false>
 static cudaError_t launch(const Arguments& args, int rows, int splits, int device, cudaStream_t stream) {
-  if (splits == 0 && rows == 256) return launch<kOperands, Element, 256, false>(args, splits, device, stream);
+  const bool is_split = splits >= 1 && splits <= 8 && splits <= (args.k + kTileK - 1) / kTileK;
+  const auto launch_if = [&](auto tile) { return launch_tile<decltype(tile)>(args, splits, device, stream); };
+  if (splits == 0 && rows == 256) return launch_if(Tile<kOperands, Element, 256, false, kTransposedW>());
   if constexpr (kOperands == Operands::kSplit)
-    if (splits == 0 && rows == 128) return launch<kOperands, Element, 128, false>(args, splits, device, stream);
+    if (splits == 0 && rows == 128) return launch_if(Tile<kOperands, Element, 128, false, kTransposedW>());
   if constexpr (kOperands != Operands::kStaged) {  // copying W pays with many rows only
-    const bool is_split = splits >= 1 && splits <= 8 && splits <= (args.k + kTileK - 1) / kTileK;
-    if (is_split && rows == 128) return launch<kOperands, Element, 128, true>(args, splits, device, stream);
-    if (is_split && rows == 64) return launch<kOperands, Element, 64, true>(args, splits, device, stream);
-    if (is_split && rows == 32) return launch<kOperands, Element, 32, true>(args, splits, device, stream);
-    if (is_split && rows == 16) return launch<kOperands, Element, 16, true>(args, splits, device, stream);
+    if (is_split && rows == 128) return launch_if(Tile<kOperands, Element, 128, true, kTransposedW>());
+    if (is_split && rows == 64) return launch_if(Tile<kOperands, Element, 64, true, kTransposedW>());
+    if (is_split && rows == 32) return launch_if(Tile<kOperands, Element, 32, true, kTransposedW>());
+    if (is_split && rows == 16) return launch_if(Tile<kOperands, Element, 16, true, kTransposedW>());
   }
   return cudaErrorInvalidValue;
 }
@@ -1489,26 +1540,27 @@ __global__ void __launch_bounds__(kPadThreads)
   const uint32_t* words = reinterpret_cast<const uint32_t*>(row - shift / 8);
   const int per_word = 4 / element_bytes;
   to += int64_t(blockIdx.x) * to_words;
-  const int first = blockIdx.y * (kPadThreads * kPadUnroll) + threadIdx.x;
-  uint32_t value[kPadUnroll];
+  constexpr int kPart = kPadThreads * kPadUnroll;
+  for (int64_t first = int64_t(blockIdx.y) * kPart + threadIdx.x; first < to_words;
+       first += int64_t(gridDim.y) * kPart) {
+    uint32_t value[kPadUnroll];
 #pragma unroll
-  for (int u = 0; u < kPadUnroll; ++u) {
-    const int at = first + u * kPadThreads, present = k - at * per_word;  // elements of this word and after it
-    const uint32_t low = present > 0 ? words[at] : 0, high = shift && present > 1 ? words[at + 1] : 0;
-    value[u] = __funnelshift_r(low, high, shift);
-    if (present < per_word) value[u] = present > 0 ? value[u] & 0xffff : 0;
-  }
+    for (int u = 0; u < kPadUnroll; ++u) {
+      const int64_t at = first + u * kPadThreads, present = k - at * per_word;  // elements of this word and after it
+      const uint32_t low = present > 0 ? words[at] : 0, high = shift && present > 1 ? words[at + 1] : 0;
+      value[u] = __funnelshift_r(low, high, shift);
+      if (present < per_word) value[u] = present > 0 ? value[u] & 0xffff : 0;
+    }
 #pragma unroll
-  for (int u = 0; u < kPadUnroll; ++u) {
-    const int at = first + u * kPadThreads;
-    if (at < to_words) to[at] = value[u];
+    for (int u = 0; u < kPadUnroll; ++u)
+      if (first + u * kPadThreads < to_words) to[first + u * kPadThreads] = value[u];
   }
 }
 
 static cudaError_t launch_pad_rows(const void* from, int64_t from_stride, void* to, int64_t rows, int k, int to_stride,
                                    int element_bytes, cudaStream_t stream) {
-  const int words = to_stride * element_bytes / 4;
-  const dim3 grid(unsigned(rows), unsigned((words + kPadThreads * kPadUnroll - 1) / (kPadThreads * kPadUnroll)));
+  const int words = int(int64_t(to_stride) * element_bytes / 4), parts = words / (kPadThreads * kPadUnroll) + 1;
+  const dim3 grid(unsigned(rows), unsigned(std::min(parts, 65535)));
   pad_rows_kernel<<<grid, kPadThreads, 0, stream>>>(static_cast<const char*>(from), from_stride,
                                                     static_cast<uint32_t*>(to), k, words, element_bytes);
   return cudaGetLastError();
@@ -1570,13 +1622,17 @@ int epilogue_backward(const void* grad, const void* z, void* dz, void* partial_s
 }
 
 // What becomes of x and W; in model_new.py too.
-enum class Conversion : int { kNone = 0, kSplit = 1, kRounded = 2, kStaged = 3 };
+enum class Conversion : int { kNone = 0, kSplit = 1, kRounded = 2, kStaged = 3, kSplitTransposed = 4 };
+
+static int parts_of(Conversion what) {
+  return what == Conversion::kSplit || what == Conversion::kSplitTransposed ? 2 : 1;
+}
 
 // Bytes of scratch memory that linear_hopper needs.
 int64_t linear_hopper_scratch(int64_t m, int64_t n, int64_t k, int conversion) {
   const auto what = static_cast<Conversion>(conversion);
   int64_t bytes = 0;
-  if (what != Conversion::kNone) bytes += hopper::SplitRows::bytes(m, k, what == Conversion::kSplit ? 2 : 1);
+  if (what != Conversion::kNone) bytes += hopper::SplitRows::bytes(m, k, parts_of(what));
   if (what == Conversion::kStaged) bytes += hopper::SplitRows::bytes(n, k, 1);
   return bytes;
 }
@@ -1584,9 +1640,10 @@ int64_t linear_hopper_scratch(int64_t m, int64_t n, int64_t k, int conversion) {
 // The fused layer on compute capability 9.0, in tiles of `rows` by 128; splits: blocks that share a tile, each with a
 // part of K, or 0 where pairs of blocks share x. cudaErrorInvalidValue for a tile that there is not.
 //   conversion: kNone with float16 and bfloat16, one of the others with float32.
-//   x [m, k] and w [n, k] with unit stride along k, and, except with kStaged, rows and pointers in multiples of 16
-//   bytes; float32 also k. bias [n]; out [m, n] and z [m, n], contiguous, z null where it is not wanted. m, n, k from 1
-//   to 2^31 - 2048. scratch: 128-byte aligned.
+//   x [m, k] and w [n, k] with unit stride along k, rows and pointers in multiples of 16 bytes; float32 also k.
+//   kStaged: any rows. kSplitTransposed: w is [k, n] with unit stride along n, its rows and pointer in multiples of 16
+//   bytes; x has any rows. bias [n], or null; out [m, n] and z [m, n], contiguous, z null where it is not wanted. m, n,
+//   k from 1 to 2^31 - 2048. scratch: 128-byte aligned.
 int linear_hopper(const void* x, const void* w, const void* bias, void* out, void* z, void* scratch, int64_t x_stride,
                   int64_t w_stride, int64_t m, int64_t n, int64_t k, double scale, int dtype, int conversion, int rows,
                   int splits, int device, cudaStream_t stream) {
@@ -1594,12 +1651,15 @@ int linear_hopper(const void* x, const void* w, const void* bias, void* out, voi
   const DeviceGuard guard(device);
   if (guard.error != cudaSuccess) return guard.error;
   const auto what = static_cast<Conversion>(conversion);
-  const int parts = what == Conversion::kSplit ? 2 : 1;
+  const int parts = parts_of(what);
   const hopper::SplitRows x_split(scratch, m, k, parts);
   const hopper::SplitRows w_split(static_cast<char*>(scratch) + hopper::SplitRows::bytes(m, k, parts), n, k, 1);
-  const bool is_aligned = k % 4 == 0 && x_stride % 4 == 0 && w_stride % 4 == 0 && aligned16(x, w, w);
+  const bool is_aligned = what == Conversion::kSplitTransposed
+                              ? k % 4 == 0 && x_stride % 4 == 0 && aligned16(x, x, x)
+                              : k % 4 == 0 && x_stride % 4 == 0 && w_stride % 4 == 0 && aligned16(x, w, w);
   const hopper::Arguments args = {x,        w,        bias,   out,    z,      x_split,      w_split,
                                   x_stride, w_stride, int(m), int(n), int(k), float(scale), is_aligned};
+  if ((what == Conversion::kNone) == (static_cast<DType>(dtype) == DType::kFloat32)) return cudaErrorInvalidValue;
   switch (static_cast<DType>(dtype)) {
     case DType::kFloat32:
       switch (what) {
@@ -1609,6 +1669,8 @@ int linear_hopper(const void* x, const void* w, const void* bias, void* out, voi
           return hopper::launch<Operands::kRounded, float>(args, rows, splits, device, stream);
         case Conversion::kStaged:
           return hopper::launch<Operands::kStaged, float>(args, rows, splits, device, stream);
+        case Conversion::kSplitTransposed:
+          return hopper::launch<Operands::kSplit, float, true>(args, rows, splits, device, stream);
         default:
           return cudaErrorInvalidValue;
       }

@@ -439,6 +439,7 @@ def _padded(t):
 
 
 _CONVERSIONS = {"wgmma16": 0, "fp16x3": 1, "fp16x1": 2, "fp16x1_staged": 3}  # Conversion in kernels.cu
+_SPLIT_TRANSPOSED = 4
 
 
 def _hopper_cuda(tile, x, weight, bias, scale, with_z=False):
@@ -455,11 +456,30 @@ def _hopper_cuda(tile, x, weight, bias, scale, with_z=False):
         x = _padded(x) if unequal or not _in_16_bytes(x) else x
         weight = _padded(weight) if unequal or not _in_16_bytes(weight) else weight
         k = x.shape[1]
-    scratch = x.new_empty(_cuda.linear_hopper_scratch(m, n, k, conversion) // 4) if conversion else None
-    pointers = [0 if t is None else t.data_ptr() for t in (x, weight, bias, out, z, scratch)]
-    sizes = x.stride(0), weight.stride(0), m, n, k
-    _launch(_cuda.linear_hopper, x.device, *pointers, *sizes, scale, _DTYPES[x.dtype], conversion, *shape)
+    _launch_hopper(conversion, shape, x, weight, bias, out, z, (m, n, k), scale)
     return out, z
+
+
+def _launch_hopper(conversion, shape, x, weight, bias, out, z, sizes, scale):
+    """linear_hopper of kernels.cu, with its scratch memory; shape: (rows, splits) of the tile, sizes: (m, n, k)."""
+    scratch = x.new_empty(_cuda.linear_hopper_scratch(*sizes, conversion) // 4) if conversion else None
+    pointers = [0 if t is None else t.data_ptr() for t in (x, weight, bias, out, z, scratch)]
+    strides = x.stride(0), weight.stride(0)
+    _launch(_cuda.linear_hopper, x.device, *pointers, *strides, *sizes, scale, _DTYPES[x.dtype], conversion, *shape)
+
+
+def _matmul_cuda(a, b):
+    """a·b, for a [m, k] and b [k, n]: the backward's products, in float32 by the kernel that serves the forward."""
+    (m, k), n = a.shape, b.shape[1]
+    tile = None
+    if a.device.index in _hopper_devices and a.dtype == torch.float32 and _in_16_bytes(b):
+        tile = None if torch.backends.cuda.matmul.fp32_precision == "tf32" else select_tile("float32", m, n, k)
+    if tile is None:
+        return a.mm(b)
+    a = a if a.stride(1) == 1 and a.stride(0) >= k else a.contiguous()
+    out = a.new_empty(m, n)
+    _launch_hopper(_SPLIT_TRANSPOSED, tile[1:], a, b, None, out, None, (m, n, k), 0.0)
+    return out
 
 
 def _library_cuda(x, weight, bias, scale):
@@ -507,6 +527,10 @@ def _backward_z_fake(grad, z, scale):
     return z.new_empty(z.shape), z.new_empty(z.shape[-1])
 
 
+def _matmul_fake(a, b):
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
 def _dispatch_keys(*names):
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
     for name in names[1:]:
@@ -543,12 +567,19 @@ def _is_watched():
     )
 
 
-def _without_autograd(operator, cuda_kernel, tensors, scale):
+def _without_autograd(operator, cuda_kernel, tensors, *scale):
     """What the dispatcher makes of `operator` below autograd."""
     if _is_plain(*tensors):
-        return cuda_kernel(*tensors, scale)
+        return cuda_kernel(*tensors, *scale)
     with torch._C._AutoDispatchBelowAutograd():
-        return operator(*tensors, scale)
+        return operator(*tensors, *scale)
+
+
+def _matmul(a, b):
+    """a·b for the backward; torch.compile may fuse PyTorch's own with what surrounds it, where ours does not serve."""
+    if a.is_cuda and a.dtype == torch.float32:
+        return _without_autograd(_matmul_op, _matmul_cuda, (a, b))
+    return a.mm(b)
 
 
 class _LinearSigmoidResidual(torch.autograd.Function):
@@ -572,12 +603,15 @@ class _LinearSigmoidResidual(torch.autograd.Function):
             dbias = _rows(dz).sum(0)
         else:
             dz, dbias = _without_autograd(_backward_z_op, _backward_z_cuda, (grad, z), ctx.scale)
+            ctx.maybe_clear_saved_tensors()  # z is done with, unless the graph is retained
+        del z
         needs_dx, needs_dweight, needs_dbias, _ = ctx.needs_input_grad
         dz_rows = _rows(dz)
-        dx = dz_rows.mm(weight) if needs_dx else None
+        dweight = _matmul(dz_rows.t(), _rows(x)) if needs_dweight else None  # first: it takes more memory
+        dx = _matmul(dz_rows, weight) if needs_dx else None
         if needs_dx and x.dim() != 2:
             dx = dx.view(x.shape)
-        return dx, dz_rows.t().mm(_rows(x)) if needs_dweight else None, dbias if needs_dbias else None, None
+        return dx, dweight, dbias if needs_dbias else None, None
 
 
 def _forward_autograd(x, weight, bias, scale):
@@ -604,7 +638,7 @@ def _forward_autocast(device_type):
 
 
 def _register(source_digest):
-    """Defines torch.ops.linear_sigmoid_residual.{forward, forward_with_z, backward_z}, once per process.
+    """Defines torch.ops.linear_sigmoid_residual.{forward, forward_with_z, backward_z, matmul}, once per process.
 
     A script exec'd a second time finds them defined and uses them. They last as long as the process: where they were
     defined with another kernels.cu, RuntimeError says so (a change to this file alone is not noticed).
@@ -623,10 +657,12 @@ def _register(source_digest):
     library.define("forward" + forward_arguments + " -> Tensor", tags=tags)
     library.define("forward_with_z" + forward_arguments + " -> (Tensor, Tensor)", tags=tags)
     library.define("backward_z(Tensor grad, Tensor z, float scale) -> (Tensor, Tensor)", tags=tags)
+    library.define("matmul(Tensor a, Tensor b) -> Tensor", tags=tags)
     for name, cpu, cuda, fake in (
         ("forward", _forward_cpu, _forward_cuda, _forward_fake),
         ("forward_with_z", _forward_with_z_cpu, _forward_with_z_cuda, _forward_with_z_fake),
         ("backward_z", _backward_z_cpu, _backward_z_cuda, _backward_z_fake),
+        ("matmul", torch.mm, _matmul_cuda, _matmul_fake),
     ):
         library.impl(name, cpu, "CPU")
         library.impl(name, cuda, "CUDA")
@@ -643,6 +679,7 @@ _register(hashlib.sha256((_kernels_source() if _cuda else "cpu").encode()).hexdi
 _forward_op = torch.ops.linear_sigmoid_residual.forward.default
 _forward_with_z_op = torch.ops.linear_sigmoid_residual.forward_with_z.default
 _backward_z_op = torch.ops.linear_sigmoid_residual.backward_z.default
+_matmul_op = torch.ops.linear_sigmoid_residual.matmul.default
 
 
 def linear_sigmoid_residual(x, weight, bias, scale):

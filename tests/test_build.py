@@ -1,5 +1,6 @@
 """Compiling kernels.cu, which needs no GPU: without a warning or a spill, and with every kind of toolkit."""
 
+import ctypes
 import importlib.util
 import os
 import pathlib
@@ -11,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from tiles import KINDS, tiles
 from torch.utils import cpp_extension
 
 import model_new
@@ -98,38 +100,89 @@ def _disassembler(toolkit):
     return next(filter(None, found), None) or shutil.which("cuobjdump")
 
 
-def test_the_fused_kernel_multiplies_on_hoppers_tensor_cores(toolkit, compiled):
-    """HGMMA, which is wgmma, in the machine code of each variant of linear_kernel; and none of it without the kernel's
-    body, for other architectures.
-    """
+@pytest.fixture
+def machine_code(toolkit, compiled):
+    """arch -> {mangled name: SASS} of the variants of linear_kernel."""
     cuobjdump = _disassembler(toolkit)
     if cuobjdump is None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)("needs cuobjdump: install triton or the CUDA toolkit")
-    variants = {}
-    for arch in ("80", "90a"):
+
+    def disassemble(arch):
         command = [cuobjdump, "-sass", compiled(toolkit, arch)[1]]
         # cuobjdump runs nvdisasm, which lies beside it.
         path = os.path.dirname(cuobjdump) + os.pathsep + os.environ["PATH"]
         result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
         assert result.returncode == 0, result.stderr
-        functions = re.split(r"^\s*Function : ", result.stdout, flags=re.M)[1:]
-        variants[arch] = [code.count("HGMMA") for code in functions if "linear_kernel" in code.split("\n", 1)[0]]
-    assert len(variants["90a"]) >= 1
-    assert all(count >= 12 for count in variants["90a"])  # a block of 64 k: three products, four steps of 16 k
-    assert not any(variants["80"])
+        functions = (text.split("\n", 1) for text in re.split(r"^\s*Function : ", result.stdout, flags=re.M)[1:])
+        return {name: code for name, code in functions if "linear_kernel" in name}
+
+    return disassemble
+
+
+# Operands, element, rows, whether blocks share K, whether W is transposed: as Tile's arguments are mangled.
+MANGLED_TILE = r"OperandsE(\d)E(f|6__half|13__nv_bfloat16)Li(\d+)ELb([01])ELb([01])E"
+OPERANDS = {"0": "fp16x3", "1": "fp16x1", "2": "fp16x1_staged", "3": "wgmma16"}
+ELEMENTS = {"f": torch.float32, "6__half": torch.float16, "13__nv_bfloat16": torch.bfloat16}
+
+
+def test_linear_kernel_is_compiled_for_every_tile(machine_code):
+    """And for no other; "fp16x3" for a transposed W, too."""
+    names = machine_code("90a")
+    variants = [
+        (OPERANDS[operands], ELEMENTS[element], int(rows), shares_k == "1", transposed == "1")
+        for operands, element, rows, shares_k, transposed in re.findall(MANGLED_TILE, " ".join(names))
+    ]
+    expected = [
+        (kernel, dtype, rows, splits > 0, transposed)
+        for kernel, dtype in KINDS
+        for _, rows, splits in tiles(kernel, 64)
+        for transposed in ((False, True) if kernel == "fp16x3" else (False,))
+    ]
+    assert len(names) == len(variants) and sorted(variants, key=str) == sorted(expected, key=str)
+
+
+def test_linear_kernel_multiplies_on_hoppers_tensor_cores(machine_code):
+    """HGMMA, which is wgmma: four steps of 16 k for a block of 64, in "fp16x3" for three products; and none of it, for
+    other architectures, where the kernel has no body.
+    """
+    variants = machine_code("90a")
+    assert variants
+    for name, code in variants.items():
+        assert code.count("HGMMA") >= (12 if "OperandsE0E" in name else 4), name
+    assert not any("HGMMA" in code for code in machine_code("80").values())
+
+
+def test_linear_kernel_keeps_its_numbers_in_registers(machine_code):
+    """Neither spilled nor in arrays that are indexed by what the compiler does not know: no local memory at all."""
+    for name, code in machine_code("90a").items():
+        assert "HGMMA" in code and not re.search(r"\b(LDL|STL)\b", code), name
+
+
+C_TYPES = {
+    "int": ctypes.c_int,
+    "int64_t": ctypes.c_int64,
+    "double": ctypes.c_double,
+    "cudaStream_t": ctypes.c_void_p,
+}
 
 
 def test_every_binding_is_called_with_the_arguments_it_has():
-    """ctypes believes what `_load` says: the numbers of arguments are compared here."""
+    """ctypes believes what `_load` says: the types of arguments and results are compared here."""
     source = (ROOT / "kernels.cu").read_text(encoding="utf-8")
     bindings = source[source.index('extern "C" {') :]
+
+    def c_type(argument):
+        return ctypes.c_void_p if "*" in argument else C_TYPES[argument.split()[-2]]
+
     declared = {
-        name: len(arguments.split(","))
-        for name, arguments in re.findall(r"^int(?:64_t)? (\w+)\(([^)]*)\)", bindings, re.M)
+        name: ([c_type(argument) for argument in arguments.split(",")], C_TYPES[result])
+        for result, name, arguments in re.findall(r"^(int|int64_t) (\w+)\(([^)]*)\)", bindings, re.M)
     }
+    names = {"epilogue_forward", "epilogue_backward", "linear_hopper", "linear_hopper_scratch", "pad_rows"}
+    assert set(declared) == names
 
     class Function:
-        argtypes = None
+        argtypes, restype = None, ctypes.c_int  # ctypes' own
 
     class Library:
         def __getattr__(self, name):
@@ -140,7 +193,11 @@ def test_every_binding_is_called_with_the_arguments_it_has():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_new.ctypes, "CDLL", lambda path: library)
         model_new._load("unused")
-    called = {name: len(function.argtypes) for name, function in vars(library).items() if function.argtypes is not None}
+    called = {
+        name: (function.argtypes, function.restype)
+        for name, function in vars(library).items()
+        if function.argtypes is not None
+    }
     assert called == declared
 
 

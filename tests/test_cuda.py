@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import needs_cuda
 from reference import DTYPES, Layer, random_arguments
+from tiles import scratch_bytes
 from torch import nn
 
 import model_new
@@ -123,21 +124,25 @@ def _peak(function):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_inference_takes_the_memory_of_the_linear(dtype, shape):
     """The epilogue works in place: what nn.functional.linear takes (its output, and cuBLAS' workspace), and no more but
-    the scratch of the fused kernel, where that is used.
+    the scratch of a fused kernel, where one is used.
     """
     x, weight, bias, scale = random_arguments(shape, 4096, dtype, "cuda")
     allowed = _peak(lambda: nn.functional.linear(x, weight, bias))
-    if model_new.select_kernel(x, weight, bias) == "fp16x3":
-        allowed += model_new._cuda.linear_fp16x3_scratch(x.numel() // x.shape[-1], x.shape[-1]) + 1024  # rounded up
+    kernel = model_new.select_kernel(x, weight, bias)
+    if kernel != "library":
+        allowed += scratch_bytes(kernel, x.numel() // x.shape[-1], *weight.shape) + 1024  # rounded up
     assert _peak(lambda: linear_sigmoid_residual(x, weight, bias, scale)) <= allowed
     with torch.no_grad():
         weight.requires_grad_()
         assert _peak(lambda: linear_sigmoid_residual(x, weight, bias, scale)) <= allowed
 
 
-def test_scratch_is_small_on_the_reference_shape():
-    m, k = model_new.batch_size, model_new.input_size
-    assert 0 < model_new._cuda.linear_fp16x3_scratch(m, k) <= 40e6
+@pytest.mark.parametrize("kernel, allowed", [("fp16x3", 40e6), ("fp16x1", 20e6), ("fp16x1_staged", 155e6)])
+def test_scratch_is_small_on_the_reference_shape(kernel, allowed):
+    """x in fp16, once or twice, and W with "fp16x1_staged"."""
+    shape = model_new.batch_size, model_new.hidden_size, model_new.input_size
+    assert 0 < scratch_bytes(kernel, *shape) <= allowed
+    assert scratch_bytes("wgmma16", *shape) == 0
 
 
 def test_more_than_2_to_the_31_elements():

@@ -167,7 +167,9 @@ def test_slow_cells_are_listed(run, capsys):
     status, _ = run(*SMALL, "--precisions", "high", new=1.03)
     out = capsys.readouterr().out
     assert status == 0 and "more than 2% slower than eager: 4 of 4 cells" in out
-    assert "float32 'high'    [5, 32, 16]          cpu           1.0300 ms" in out and "of eager 1.030, plain 1.030" in out
+    assert (
+        "float32 'high'    [5, 32, 16]          cpu           1.0300 ms" in out and "of eager 1.030, plain 1.030" in out
+    )
     run(*SMALL, "--precisions", "high", new=1.01)
     assert "0 of 4 cells" in capsys.readouterr().out
 

@@ -348,3 +348,52 @@ def test_linear_is_what_it_says(device):
     x, weight, bias, _ = random_arguments((24, 40), 56, torch.float32, device)
     layer = Layer(x, weight, bias, 0.0)
     layer.check(nn.functional.linear(x, weight, bias))
+
+
+# past the dispatcher: a call that nothing watches goes straight to the CUDA implementation, and only then
+
+
+class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operators.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_modes_and_profilers_see_the_operator(requires_grad, device):
+    layer, x = model_new.ModelNew(6, 5, 2.0).to(device), torch.randn(3, 6, device=device)
+    layer.requires_grad_(requires_grad)
+    with Seen() as seen:
+        layer(x)
+    assert any("linear_sigmoid_residual" in name for name in seen.operators)
+    with torch.profiler.profile() as profile:
+        layer(x)
+    assert any("linear_sigmoid_residual" in event.key for event in profile.key_averages())
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_watched_and_unwatched_calls_agree(grad, device):
+    layer, x = model_new.ModelNew(70, 50, 2.0).to(device), torch.randn(9, 70, device=device)
+    with torch.set_grad_enabled(grad):
+        unwatched = layer(x)
+        with Seen():
+            watched = layer(x)
+    assert torch.equal(watched, unwatched) and watched.requires_grad == unwatched.requires_grad == grad
+
+
+def test_autocast_is_obeyed_though_tensors_are_plain(device):
+    layer, x = model_new.ModelNew(6, 5, 2.0).to(device), torch.randn(3, 6, device=device)
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert layer(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("scale", [2, 2.0, True, torch.tensor(2.0)], ids=repr)
+def test_scales_of_any_kind(scale, device):
+    x, weight, bias = (torch.randn(shape, device=device) for shape in ((3, 6), (5, 6), (5,)))
+    expected = model_new.linear_sigmoid_residual(x, weight, bias, float(scale))
+    assert torch.equal(model_new.linear_sigmoid_residual(x, weight, bias, scale), expected)

@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
-SHAPES = {"small": (6, 40, 24), "large": (128, 512, 512)}  # M, K, N; on Hopper the second is the fused kernel's
+from model_new import select_tile
+
+SHAPES = {"small": (6, 40, 24), "large": (128, 512, 1024)}  # M, K, N; on Hopper the second is a fused kernel's
 
 
 @pytest.fixture(params=SHAPES)
@@ -18,6 +20,11 @@ def setting(request, model_pair, device):
     """(Model, ModelNew with the same weights, an x)"""
     m, k, n = SHAPES[request.param]
     return *model_pair(k, n, device=device), torch.randn(m, k, device=device)
+
+
+def test_a_fused_kernel_serves_the_large_shape():
+    m, k, n = SHAPES["large"]
+    assert select_tile("float32", m, n, k)
 
 
 def assert_close(new, reference, dtype=None):

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from model_new import Model, ModelNew
+from model_new import Model, ModelNew, select_tile
 
 
 @pytest.fixture(autouse=True)
@@ -20,9 +20,9 @@ def _one_thread():
 
 
 def network(kind):
-    """Two layers of `kind` and a linear one, from one seed. On a Hopper GPU the second layer runs the fused kernel."""
+    """Two layers of `kind` and a linear one, from one seed. On a Hopper GPU the second layer runs a fused kernel."""
     torch.manual_seed(0)
-    return nn.Sequential(kind(64, 512, 2.0), nn.LayerNorm(512), kind(512, 256, -1.0), nn.Linear(256, 10))
+    return nn.Sequential(kind(64, 512, 2.0), nn.LayerNorm(512), kind(512, 1024, -1.0), nn.Linear(1024, 10))
 
 
 def assert_near(actual, expected, what, tolerance=1e-5):
@@ -30,6 +30,12 @@ def assert_near(actual, expected, what, tolerance=1e-5):
     assert actual.shape == expected.shape, what
     error = ((actual - expected).norm() / expected.norm()).item()
     assert error <= tolerance, f"{what}: relative error {error:.2e}"
+
+
+def test_a_fused_kernel_serves_the_second_layer():
+    """The whole batch, and the half of it that one of two processes has."""
+    n, k = network(ModelNew)[2].gemm.weight.shape
+    assert all(select_tile("float32", m, n, k) for m in (256, 128))
 
 
 # ------------------------------------------------------------------------------------------------- one process

@@ -1,0 +1,143 @@
+"""The backward's products: the operator `matmul`, the fused kernel behind it that takes W along n, and its gradients.
+
+On Hopper everything is compared with float64 on the GPU.
+"""
+
+import pytest
+import torch
+from conftest import needs_cuda
+from tiles import tiles
+from torch import nn
+
+import model_new
+from model_new import ModelNew
+
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a GPU of compute capability 9.0",
+)
+matmul = torch.ops.linear_sigmoid_residual.matmul
+NAN, INF = float("nan"), float("inf")
+
+
+def test_opcheck(device):
+    a, b = torch.randn(7, 5, device=device), torch.randn(5, 9, device=device)
+    for arguments in ((a, b), (a.t().contiguous().t(), b), (a[:0], b)):
+        torch.library.opcheck(matmul.default, arguments)
+
+
+def test_is_the_product(device):
+    a, b = torch.randn(70, 130, device=device), torch.randn(130, 90, device=device)
+    torch.testing.assert_close(matmul(a, b), a @ b)
+
+
+def by_tile(tile, a, b):
+    """a·b by the kernel, into memory that was NaN; tile: (rows, splits)."""
+    out = torch.full((len(a), b.shape[1]), NAN, device="cuda")
+    sizes = (*a.shape, b.shape[1])
+    model_new._launch_hopper(
+        model_new._SPLIT_TRANSPOSED, tile, a, b, None, out, None, (sizes[0], sizes[2], sizes[1]), 0.0
+    )
+    return out
+
+
+def assert_is_product(out, a, b):
+    """To the scheme's bound, see test_hopper.Expected, with up to 8 parts of a sum that blocks of a cluster share."""
+    k = a.shape[1]
+    blocks = -(-k // 64)
+    exact, a, b = a.double() @ b.double(), a.double().abs(), b.double().abs()
+    relative = 3 * 2.0**-22 + 12 * 2.0**-23 + (min(blocks, 4 * blocks**0.5) + 9) * 2.0**-24
+    floor = 2.0**-39 * (a.amax(1)[:, None] * b.sum(0) + a.sum(1)[:, None] * b.amax(0))
+    assert ((out.double() - exact).abs() <= relative * (a @ b) + floor + 2.0**-147).all()  # false for NaN
+
+
+@needs_cuda
+@needs_hopper
+class TestKernel:
+    @pytest.mark.parametrize("m", [1, 15, 17, 64, 127, 129, 256, 257, 300])
+    def test_edges(self, m):
+        """n in multiples of 16 bytes, as TMA wants b's rows; any k and any row stride of a."""
+        for i, n in enumerate((4, 60, 124, 128, 132, 256, 260, 520)):
+            k = (1, 7, 63, 64, 65, 128, 515, 1000)[(i + m) % 8]
+            a, b = torch.randn(m, k + i % 3, device="cuda")[:, :k], torch.randn(k, n, device="cuda")
+            for _, *tile in tiles("fp16x3", k):
+                assert_is_product(by_tile(tile, a, b), a, b)
+
+    @pytest.mark.parametrize("m, n, k", [(1025, 4100, 68), (2049, 2100, 200), (8192, 260, 1024)])
+    def test_more_tiles_than_run_at_once(self, m, n, k):
+        a, b = torch.randn(m, k, device="cuda"), torch.randn(k, n, device="cuda")
+        for _, *tile in tiles("fp16x3", k, splits=(1, 2)):
+            assert_is_product(by_tile(tile, a, b), a, b)
+
+    def test_nothing_outside_is_read_or_written(self):
+        """1e15 stands around a and b: finite, or what is computed again would hide that it was read. NaN around out."""
+        m, n, k = 130, 132, 70
+        wide_a, wide_b = torch.full((m, k + 6), 1e15, device="cuda"), torch.full((k + 2, n + 8), 1e15, device="cuda")
+        a, b = wide_a[:, 3 : 3 + k], wide_b[1:-1, 4 : 4 + n]
+        a.normal_(), b.normal_()
+        for _, *tile in tiles("fp16x3", k):
+            around = torch.full((3, m, n), NAN, device="cuda")
+            sizes = model_new._SPLIT_TRANSPOSED, tile, a, b, None, around[1], None, (m, n, k), 0.0
+            model_new._launch_hopper(*sizes)
+            assert around[0].isnan().all() and around[2].isnan().all()
+            assert_is_product(around[1], a, b)
+
+    @pytest.mark.parametrize("value", [NAN, INF, -INF])
+    def test_special_values(self, value):
+        a, b = torch.randn(140, 520, device="cuda"), torch.randn(520, 300, device="cuda")
+        a[3, 5], b[7, 9], b[519, 299] = value, value, value
+        expected = a @ b
+        for _, *tile in tiles("fp16x3", 520, splits=(1, 4)):
+            out = by_tile(tile, a, b)
+            assert torch.equal(out.isnan(), expected.isnan())
+            assert torch.equal(out.isinf(), expected.isinf())
+            assert torch.equal(out[out.isinf()], expected[expected.isinf()])
+
+    def test_outliers_of_a_do_no_harm(self):
+        """Entries 1e8 times the others, on rows of b that are zero."""
+        a, b = torch.randn(200, 1000, device="cuda"), torch.randn(1000, 256, device="cuda")
+        a[:, [5, 77, 900]], b[[5, 77, 900]] = 1e8, 0
+        for _, *tile in tiles("fp16x3", 1000, splits=(1, 2)):
+            exact = a.double() @ b.double()
+            assert (by_tile(tile, a, b).double() - exact).norm() / exact.norm() < 5e-7
+
+    def test_bit_identical_from_run_to_run(self):
+        dz, x = torch.randn(1024, 4096, device="cuda"), torch.randn(1024, 2048, device="cuda")
+        first = model_new._matmul_cuda(dz.t(), x)
+        assert all(torch.equal(first, model_new._matmul_cuda(dz.t(), x)) for _ in range(20))
+
+    def test_serves_the_backward_of_large_layers(self, monkeypatch):
+        """Both products of the reference shape, which are as accurate as SGEMM's or better; none at 'high'."""
+        layer = ModelNew(8192, 8192, 2.0).cuda()
+        x, grad = torch.rand(1024, 8192, device="cuda", requires_grad=True), torch.randn(1024, 8192, device="cuda")
+        served = []
+        real = model_new._launch_hopper
+        monkeypatch.setattr(model_new, "_launch_hopper", lambda *a: (served.append(a[0]), real(*a))[1])
+        gradients = torch.autograd.grad(layer(x), (x, layer.gemm.weight), grad)
+        assert served == [model_new._CONVERSIONS["fp16x3"]] + [model_new._SPLIT_TRANSPOSED] * 2
+        with torch.no_grad():
+            p = torch.sigmoid(nn.functional.linear(x.double(), layer.gemm.weight.double(), layer.gemm.bias.double()))
+            dz = grad * (1 + 2 * p * (1 - p))
+            for ours, exact, sgemm in zip(
+                gradients,
+                (dz @ layer.gemm.weight.double(), dz.t() @ x.double()),
+                (dz.float() @ layer.gemm.weight, dz.float().t() @ x),
+            ):
+                assert (ours - exact).norm() <= 1.05 * (sgemm - exact).norm()
+        served.clear()
+        torch.set_float32_matmul_precision("high")
+        torch.autograd.grad(layer(x), (x, layer.gemm.weight), grad)
+        torch.set_float32_matmul_precision("highest")
+        assert served == [model_new._CONVERSIONS["fp16x1"]]
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_backward_twice_needs_the_graph_retained(retain, device):
+    layer, x = ModelNew(6, 4, 2.0).to(device), torch.randn(3, 6, device=device, requires_grad=True)
+    out = layer(x).sum()
+    (first,) = torch.autograd.grad(out, x, retain_graph=retain)
+    if retain:
+        assert torch.equal(first, torch.autograd.grad(out, x)[0])
+    else:
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(out, x)

@@ -1,0 +1,172 @@
+"""Which kernel serves which case.
+
+That is decided by dtypes, shapes, strides and settings alone: fake tensors stand for those on a GPU, and no GPU is
+needed. test_hopper.py looks whether what is selected is called.
+"""
+
+import random
+
+import pytest
+import torch
+from tiles import KINDS, PRECISIONS, a_shape_of, name_of, tiles
+from torch._subclasses import FakeTensorMode
+
+import model_new
+from model_new import batch_size, hidden_size, input_size, select_kernel, select_tile
+
+LARGEST = 2**31 - 2048
+SIZES = (1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 199, 200, 255, 256, 257, 511, 512, 516, 1023, 1024)
+SIZES += (1025, 2047, 2048, 3000, 4096, 8191, 8192, 11008, 65536, 2**20 + 1, 2**26, LARGEST - 1, LARGEST)
+
+
+def shapes(count=20_000):
+    """Many (m, n, k): of SIZES, and of any size, small ones as often as large ones."""
+    source = random.Random(0)
+
+    def size():
+        return source.choice(SIZES) if source.random() < 0.5 else int(2 ** source.uniform(0, 15))
+
+    for _ in range(count):
+        yield size(), size(), size()
+
+
+KERNELS = {"float32": {"fp16x3"}, "tf32": {"fp16x1", "fp16x1_staged"}, "16 bit": {"wgmma16"}}
+
+
+@pytest.mark.parametrize("precision", KERNELS)
+def test_only_tiles_that_there_are(precision):
+    """Of the kernels for that precision, and each of them somewhere."""
+    seen = set()
+    for m, n, k in shapes():
+        tile = select_tile(precision, m, n, k)
+        if tile is not None:
+            assert tile[0] in KERNELS[precision] and tile in tiles(tile[0], k), (m, n, k, tile)
+            seen.add(tile)
+    assert {kernel for kernel, *_ in seen} == KERNELS[precision]
+    assert any(splits == 0 for *_, splits in seen) and any(rows == 256 for _, rows, _ in seen)
+    assert precision == "tf32" or any(splits > 1 for *_, splits in seen)
+
+
+def test_fp16x3_only_for_sums_of_512_products_and_more():
+    """SGEMM is the more accurate one of shorter sums."""
+    assert all(select_tile("float32", m, n, min(k, 511)) is None for m, n, k in shapes())
+    assert select_tile("float32", 1024, 8192, 512) is not None
+
+
+@pytest.mark.parametrize("precision", KERNELS)
+@pytest.mark.parametrize("size", [0, LARGEST + 1, 2**31, 2**40])
+def test_the_library_serves_what_is_empty_or_too_large(size, precision):
+    served = 1024, 8192, 8192
+    assert select_tile(precision, *served) is not None
+    for which in range(3) if size else range(2):  # without k there is no product: _tile_of says so
+        assert select_tile(precision, *(size if i == which else other for i, other in enumerate(served))) is None
+
+
+# what select_kernel makes of tensors
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Device 0 is a Hopper GPU; new tensors are fake."""
+    monkeypatch.setattr(model_new, "_hopper_devices", {0})
+    with FakeTensorMode():
+        yield
+
+
+def arguments(m=batch_size, n=hidden_size, k=input_size, dtype=torch.float32, device="cuda:0"):
+    return [torch.empty(shape, dtype=dtype, device=device) for shape in ((m, k), (n, k), (n,))]
+
+
+@pytest.mark.parametrize(
+    "dtype, precision, expected",
+    [
+        (torch.float32, "highest", "fp16x3"),
+        (torch.float32, "high", "fp16x1"),
+        (torch.float32, "medium", "fp16x1"),
+        *(
+            (dtype, precision, "wgmma16")
+            for dtype in (torch.float16, torch.bfloat16)
+            for precision in ("highest", "high")
+        ),
+        *((torch.float64, precision, "library") for precision in ("highest", "high", "medium")),
+    ],
+    ids=str,
+)
+def test_the_reference_shape(dtype, precision, expected, hopper):
+    torch.set_float32_matmul_precision(precision)
+    x, weight, bias = arguments(dtype=dtype)
+    assert select_kernel(x, weight, bias) == expected
+    assert select_kernel(x.view(4, 256, -1), weight, bias) == expected
+
+
+@pytest.mark.parametrize("kernel, dtype", KINDS, ids=map(name_of, KINDS))
+def test_each_kernel_serves_some_shape(kernel, dtype, hopper):
+    torch.set_float32_matmul_precision(PRECISIONS[kernel][1])
+    shape, tile = a_shape_of(kernel)
+    x, weight, bias = arguments(*shape, dtype)
+    assert select_kernel(x, weight, bias) == kernel and model_new._tile_of(x, weight) == tile
+
+
+@pytest.mark.parametrize("setting, values", [("allow_tf32", (True, False)), ("fp32_precision", ("tf32", "ieee"))])
+def test_pytorchs_other_names_for_the_precision(setting, values, hopper):
+    case, matmul = arguments(), torch.backends.cuda.matmul
+    try:
+        for value, expected in zip(values, ("fp16x1", "fp16x3")):
+            setattr(matmul, setting, value)
+            assert select_kernel(*case) == expected
+    finally:
+        matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
+    assert select_kernel(*case) == "fp16x3"
+
+
+def wider_rows(t, extra):
+    return t.new_empty(t.shape[0], t.shape[1] + extra)[:, : t.shape[1]]
+
+
+def misaligned(t):
+    return t.new_empty(t.numel() + 1)[1:].view(t.shape)
+
+
+LAYOUTS = {  # whether the kernels serve it, and the layout
+    "x transposed": (True, lambda x, w: (x.t().contiguous().t(), w)),
+    "x of equal rows": (True, lambda x, w: (x[:1].expand_as(x), w)),
+    "x misaligned": (True, lambda x, w: (misaligned(x), w)),
+    "W in wider rows": (True, lambda x, w: (x, wider_rows(w, 8))),
+    "W in wider rows of odd length": (True, lambda x, w: (x, wider_rows(w, 1))),
+    "W misaligned": (True, lambda x, w: (x, misaligned(w))),
+    "W of equal rows": (True, lambda x, w: (x, w[:1].expand_as(w))),
+    "W transposed": (False, lambda x, w: (x, w.t().contiguous().t())),
+    "W every other column": (False, lambda x, w: (x, w.repeat_interleave(2, 1)[:, ::2])),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kernel, dtype", KINDS, ids=map(name_of, KINDS))
+def test_layouts(kernel, dtype, layout, hopper):
+    """Only W's entries must be contiguous along k; all else is copied into shape."""
+    torch.set_float32_matmul_precision(PRECISIONS[kernel][1])
+    *tensors, bias = arguments(*a_shape_of(kernel)[0], dtype)
+    served, change = LAYOUTS[layout]
+    assert select_kernel(*change(*tensors), bias) == (kernel if served else "library")
+
+
+@pytest.mark.parametrize("which", ["M", "N", "K"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_the_library_serves_empty_tensors(dtype, which, hopper):
+    sizes = {"M": {"m": 0}, "N": {"n": 0}, "K": {"k": 0}}[which]
+    assert select_kernel(*arguments(**sizes, dtype=dtype)) == "library"
+    x, weight, bias = arguments(**sizes, dtype=dtype)
+    assert select_kernel(x.view(2, x.shape[0] // 2, x.shape[1]), weight, bias) == "library"
+
+
+@pytest.mark.parametrize("devices", [set(), {1}])
+def test_the_library_serves_other_devices(devices, hopper, monkeypatch):
+    monkeypatch.setattr(model_new, "_hopper_devices", devices)
+    assert select_kernel(*arguments()) == "library"
+    assert select_kernel(*arguments(device="cpu")) == "cpu"
+
+
+def test_hopper_gpus_are_those_of_compute_capability_9_0():
+    capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    assert model_new._hopper_devices == {i for i, capability in enumerate(capabilities) if capability == (9, 0)}
