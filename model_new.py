@@ -706,7 +706,8 @@ def linear_sigmoid_residual(x, weight, bias, scale):
         raise TypeError("linear_sigmoid_residual(): argument 'scale' requires a gradient, and none is computed for it")
     # Where nothing watches, past the dispatcher.
     # The order: what torch.compile knows comes before what it cannot trace.
-    if torch.compiler.is_compiling() or type(scale) not in (float, int) or not _is_plain(x, weight, bias):
+    is_number = type(scale) is float or (type(scale) is int and abs(scale) < 2**63)
+    if torch.compiler.is_compiling() or not is_number or not _is_plain(x, weight, bias):
         return _forward_op(x, weight, bias, scale)
     return _forward_op(x, weight, bias, scale) if _is_watched() else _forward_autograd(x, weight, bias, float(scale))
 
