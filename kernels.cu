@@ -3,14 +3,18 @@
 // All device code of the project. model_new.py compiles this file and calls the extern "C" functions at
 // its end through ctypes; nothing of PyTorch or Python is included, so it compiles in seconds.
 //
-// Which kernel serves which case is decided in model_new.py (`select_kernel`):
-//   "fp16x3"    float32 on Hopper (sm_90a): fp16x3::split_x_kernel, then fp16x3::linear_kernel, which computes z
-//               from three fp16 tensor-core products and out in its epilogue.
-//   "library"   every other architecture, dtype and shape: the GEMM is the library's, and
-//               epilogue_forward_kernel turns z into out, in place where z need not be kept.
-// Both share the backward:
+// Which kernel serves which case is decided in model_new.py (`select_kernel`, `select_tile`):
+//   on Hopper (sm_90a)   hopper::linear_kernel, which multiplies on the tensor cores and makes out in its epilogue:
+//     "fp16x3"           float32 from three fp16 products, x split before by hopper::split_rows_kernel
+//     "fp16x1"           float32 from one, where TF32 is allowed
+//     "fp16x1_staged"    the same from a copy of W in fp16, for many rows
+//     "wgmma16"          float16 and bfloat16
+//   "library"            every other architecture, dtype and shape: the GEMM is the library's, and
+//                        epilogue_forward_kernel turns z into out, in place where z need not be kept.
+// All share the backward:
 //   epilogue_backward_kernel   dz = grad * d out / d z and partial column sums of dz, in one sweep
 //   reduce_columns_kernel      adds the partial sums in a fixed order: the bias gradient
+//   hopper::linear_kernel      dz * W and dz^T * x, in float32 on Hopper; elsewhere they are the library's
 //
 // The extern "C" functions return a cudaError_t as int, 0 for success, where they do not say otherwise. Sizes are
 // element counts.
@@ -369,6 +373,19 @@ __device__ __forceinline__ void bar_sync(int id, int threads) {
 __device__ __forceinline__ void bar_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// Whether the condition holds for any of the `threads` threads that wait at barrier `id`.
+__device__ __forceinline__ bool bar_red_or(int id, int threads, bool condition) {
+  uint32_t any;
+  asm volatile(
+      "{\n .reg .pred p, q;\n"
+      " setp.ne.u32 p, %3, 0;\n"
+      " bar.red.or.pred q, %1, %2, p;\n"
+      " selp.u32 %0, 1, 0, q;\n}"
+      : "=r"(any)
+      : "r"(id), "r"(threads), "r"(uint32_t(condition))
+      : "memory");
+  return any != 0;
+}
 template <int kRegisters> __device__ __forceinline__ void setmaxnreg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
@@ -418,8 +435,14 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 
 // ---------------------------------------------------------------------------- the fused layer on Hopper's tensor cores
 //
-// The kernel computes out transposed, [64 n, rows of x] at a time for each of two consumer warpgroups, with wgmma's
-//   A = W [64 n, 16 k], B = x [rows, 16 k]. There are four kinds of operands:
+// Hopper's words: a warpgroup is four consecutive warps; wgmma their asynchronous matrix product; TMA, the instruction
+//   cp.async.bulk.tensor, copies a box of a tensor to shared memory; an mbarrier is a barrier in shared memory that
+//   also counts bytes that arrive; setmaxnreg moves registers between warpgroups; a cluster is blocks that can reach
+//   each other's shared memory.
+//
+// The kernel computes the transpose of out: each of two consumer warpgroups has 64 columns of out, by the tile's rows
+// of
+//   x, in products of wgmma's A = W [64 n, 16 k] and B = x [rows, 16 k]. There are four kinds of operands:
 //
 //   kSplit    float32 at full precision. A float32 number a is scaled by a power of two (exact) and written as hi + lo,
 //             two fp16 numbers of 11 significant bits each: hi = fp16(a), lo = fp16(a - hi). Then
@@ -431,10 +454,10 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 //       they are multiplied apart, in float32, and do not count.
 //     Accumulation: the tensor core truncates when it adds to its float32 accumulator. So it only ever adds one block
 //       of 64 k to a fresh `partial`; the partial is scaled back (exact) and added to `total` by an ordinary fma.
-//   kRounded  float32 where PyTorch allows TF32: hi alone, one product, as precise as TF32 at twice its rate. The
-//   tensor
-//             core adds up all of K. W has one scale a row, which only ever shrinks: where a block of k brings a larger
-//             entry, the sums so far are scaled down with it.
+//   kRounded  float32 where PyTorch allows TF32: hi alone, one product, as precise as TF32 at twice its rate.
+//     Accumulation: the tensor core adds up all of K. W has one scale a row, which only ever shrinks: where a block of
+//     k
+//       brings a larger entry, the sums so far are scaled down with it.
 //   kStaged   the same from a copy of W that is rounded beforehand, with one scale a row.
 //   kNative   float16 or bfloat16 as they are.
 //
@@ -506,7 +529,7 @@ template <Operands kOperands_, typename Element_, int kRows_, bool kSplitK_, boo
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static_assert(kProducerRegisters + kConsumerWarpgroups * kConsumerRegisters <= 168 * (1 + kConsumerWarpgroups),
                 "or the consumers would wait for registers for ever");
-  static_assert(kXStages >= 2 && kWStages >= 2 && kSharedBytes <= kMaxShared);
+  static_assert(kXStages >= 2 && kWStages >= 2 && kSharedBytes <= kMaxShared && kRows <= kMaxRows);
   static_assert(kXPartBytes / kSharers % 1024 == 0, "the swizzle repeats every 1024 bytes");
 };
 
@@ -847,7 +870,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp < 4) {  // ------------------------------------------------------------ producer
     setmaxnreg_dec<T::kProducerRegisters>();
     if (lane == 0 && warp < 2) {
-      auto load_w = [&](int n0, int k_block, Ring<kWStages> ring) {
+      auto issue_w = [&](int n0, int k_block, Ring<kWStages> ring) {
         const uint32_t barrier = w_full + 8 * ring.stage, to = w_stages + ring.stage * T::kWStageBytes;
         mbarrier_wait(w_empty + 8 * ring.stage, ring.phase ^ 1);
         mbarrier_arrive_expect_tx(barrier, T::kWStageBytes);
@@ -857,7 +880,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                                   T::kTransposedW ? n0 + box * 32 : k0 + box * 32, T::kTransposedW ? k0 : n0, barrier,
                                   1 << rank);
       };
-      auto load_x = [&](int m0, int k_block, Ring<kXStages> ring) {  // this block's slice, for all that share it
+      auto issue_x = [&](int m0, int k_block, Ring<kXStages> ring) {  // this block's slice, for all that share it
         constexpr int rows = T::kPanelM / T::kSharers;
         const int slice = T::kSplitK ? 0 : int(rank) * rows;
         const uint16_t sharers = T::kSplitK ? 1 << rank : (1 << T::kSharers) - 1;
@@ -874,16 +897,17 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (warp == 0) {
         Ring<kWStages> ring;
         TileScheduler<T>(args.m, args.n).for_each_tile(rank, blocks, [&](int m0, int n0) {
-          for (int k_block = k_begin; k_block < k_end; ++k_block, ring.advance()) load_w(n0, k_block, ring);
+          for (int k_block = k_begin; k_block < k_end; ++k_block, ring.advance()) issue_w(n0, k_block, ring);
         });
       } else {
         Ring<kXStages> ring;
-        griddepcontrol_wait();  // x is being split by the kernel before this one; W need not wait for it
+        griddepcontrol_wait();  // split_rows_kernel may still be at x; W is the caller's, or a copy made before that
+                                // began
         TileScheduler<T>(args.m, args.n).for_each_tile(rank, blocks, [&](int m0, int n0) {
           for (int k_block = k_begin; k_block < k_end; ++k_block)
 #pragma unroll 1
             for (int panel = 0; panel < kPanels; ++panel, ring.advance())
-              load_x(m0 + panel * T::kPanelM, k_block, ring);
+              issue_x(m0 + panel * T::kPanelM, k_block, ring);
         });
       }
     }
@@ -971,7 +995,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     // Tiles of one panel: a block of W, entered with its scale known and step 0 split. While the tensor cores multiply
     // one step, this warp splits the next and loads the next block into the registers that become free.
     uint32_t fragments[2][8];  // one is multiplied while the other is made
-    auto multiply_block = [&](bool has_next) {
+    auto multiply_split_block = [&](bool has_next) {
       const float scale[2] = {w.scale[0], w.scale[1]};
       wait_for_x();
       if (has_next) wait_for_w();
@@ -1039,7 +1063,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if constexpr (kPanels == 1) {
         split_step(fragments[0], w, 0);
 #pragma unroll 1
-        for (int left = k_end - k_begin; left > 0; --left) multiply_block(left > 1);
+        for (int left = k_end - k_begin; left > 0; --left) multiply_split_block(left > 1);
       } else {
 #pragma unroll
         for (int step = 0; step < 4; ++step) split_step(w.step[step], w, step);
@@ -1077,7 +1101,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int step = 0; step < 4; ++step) round_step(fragments[step], w, step);
       };
-      auto multiply_block = [&](auto parity, bool is_first, bool has_next) {
+      auto multiply_rounded_block = [&](auto parity, bool is_first, bool has_next) {
         constexpr int now = decltype(parity)::value;
         wait_for_x();
         if (has_next) load_block();  // before this block's wgmmas, behind which it would wait
@@ -1093,7 +1117,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         wgmma_wait_group<1>();  // the block before, whose fragments and stage are then free
         if (!is_first) release_x(x_done);
         if (!has_next) return;
-        if (__any_sync(~0u, factor[0] != 1 || factor[1] != 1)) {
+        // wgmma wants whole warpgroups to branch alike; the vote tells the compiler that the warp does.
+        if (__any_sync(~0u, bar_red_or(1 + consumer, 128, factor[0] != 1 || factor[1] != 1))) {
           wgmma_wait_group<0>();
           scale_total(factor[0], factor[1]);
         }
@@ -1108,8 +1133,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int i = 0; i < T::kRows / 2; ++i) total[i] = 0;
 #pragma unroll 1
       for (int k_block = k_begin; k_block < k_end; k_block += 2) {
-        multiply_block(std::integral_constant<int, 0>(), k_block == k_begin, k_block + 1 < k_end);
-        if (k_block + 1 < k_end) multiply_block(std::integral_constant<int, 1>(), false, k_block + 2 < k_end);
+        multiply_rounded_block(std::integral_constant<int, 0>(), k_block == k_begin, k_block + 1 < k_end);
+        if (k_block + 1 < k_end) multiply_rounded_block(std::integral_constant<int, 1>(), false, k_block + 2 < k_end);
       }
       wgmma_wait_group<0>();
       release_x(x_done);
@@ -1150,8 +1175,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       if constexpr (T::kOperands == Operands::kRounded) multiply_rounded();
       if constexpr (!T::kFromRegisters) multiply_shared();
 
-      constexpr int kRowsAtOnce = T::kRows < 128 ? T::kRows : 128;  // of float32 epilogues
       // Epilogue. The thread's columns of out are n_of(r, 0) and n_of(r, 1).
+      constexpr int kRowsAtOnce = T::kRows < 128 ? T::kRows : 128;  // of float32 epilogues
       const Element* all_bias = static_cast<const Element*>(args.bias);
       Element* out = static_cast<Element*>(args.out);
       Element* z = static_cast<Element*>(args.z);
@@ -1451,9 +1476,8 @@ template <typename T> struct Launch {
   Launch(const Launch&) = delete;
 };
 
-// How many clusters that share x the device holds at once; also allows the kernel its shared memory there. Asked once a
-// device.
-template <typename T> static cudaError_t resident_clusters(int device, int* clusters) {
+// Allows the kernel its shared memory on the device, once, and says how many clusters that share x run there at once.
+template <typename T> static cudaError_t prepare_kernel(int device, int* clusters) {
   static std::atomic<int> known[64];
   if (device < 64 && (*clusters = known[device].load()) > 0) return cudaSuccess;
   const auto kernel = linear_kernel<T>;
@@ -1499,7 +1523,7 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
     x_lo_map = x_map;
   }
   int resident;
-  if (error == cudaSuccess) error = resident_clusters<T>(device, &resident);
+  if (error == cudaSuccess) error = prepare_kernel<T>(device, &resident);
   if (error != cudaSuccess) return error;
   const int clusters = TileScheduler<T>(args.m, args.n).clusters();
   const Launch<T> launch(T::kSplitK ? clusters : std::min(resident, clusters), T::kSplitK ? splits : T::kSharers,

@@ -146,7 +146,7 @@ class _BuildEnvironment:
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
         if not isinstance(error, (RuntimeError, OSError, ImportError)):
             return False
-        lines = str(error).splitlines()
+        lines = str(error).splitlines() or [repr(error)]
         first = next((line for line in lines if re.search(r"\berror\b\s*:|cannot find -l|not found", line)), lines[0])
         raise RuntimeError(
             f"building kernels.cu failed: {first.strip()}\n"
@@ -270,7 +270,7 @@ def _check(x, weight, bias):
 
 
 def select_kernel(x, weight, bias):
-    """The name of the implementation that serves a call with these arguments: the one place where that is decided.
+    """The name of the implementation that serves a call with these arguments; on Hopper, `select_tile` decides.
 
     "cpu"            PyTorch's operators, on tensors that are not on a GPU.
     On a GPU of compute capability 9.0 (H100, H200), kernels.cu's fused kernel, where `select_tile` expects it to be
@@ -319,7 +319,8 @@ def select_tile(precision, m, n, k):
     aligned = k % (8 if precision == "16 bit" else 4) == 0
     few, work = m <= 64, m * n * k
     if precision == "float32":
-        # SGEMM is behind everywhere, but its GEMV, which serves one row, not much. Below K = 256 it is more accurate.
+        # SGEMM is behind everywhere, but its GEMV, which serves one row, not much. Below K = 256 it is more accurate,
+        # and up to 512 its error is about the kernel's.
         least = (1 if n * k >= 2**26 else 2) if aligned else 32
         tiles = _tiles("fp16x3", m, n, k) if k >= 512 and m >= least and n * k >= 2**19 else []
     elif precision == "tf32":
@@ -424,6 +425,7 @@ def _in_16_bytes(t):
         t.stride(1) == 1
         and t.stride(0) >= t.shape[1]
         and t.stride(0) * t.element_size() % 16 == 0
+        and t.stride(0) * t.element_size() < 2**40
         and t.data_ptr() % 16 == 0
     )
 
@@ -549,7 +551,13 @@ def _is_plain(*tensors):
     True for plain CUDA tensors, with no mode or transform that wants to see every operator. They are then served
     directly: a round through the dispatcher, back into Python, costs the host 8 microseconds.
     """
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():  # first: it cannot trace what follows
+        return False
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd._profiler_enabled()
+    ):
         return False
     plain = True
     for t in tensors:  # all() of a generator takes twice the time
@@ -563,7 +571,6 @@ def _is_watched():
         torch._C._len_torch_function_stack() > 0
         or torch.is_autocast_enabled("cuda")
         or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
     )
 
 
@@ -576,8 +583,8 @@ def _without_autograd(operator, cuda_kernel, tensors, *scale):
 
 
 def _matmul(a, b):
-    """a·b for the backward; torch.compile may fuse PyTorch's own with what surrounds it, where ours does not serve."""
-    if a.is_cuda and a.dtype == torch.float32:
+    """a·b for the backward; by PyTorch's own where the gradient must be differentiable, and where ours never serves."""
+    if a.is_cuda and a.dtype == torch.float32 and not torch.is_grad_enabled():
         return _without_autograd(_matmul_op, _matmul_cuda, (a, b))
     return a.mm(b)
 
@@ -598,7 +605,8 @@ class _LinearSigmoidResidual(torch.autograd.Function):
         if torch.is_grad_enabled():
             # create_graph=True: the gradient must be differentiable itself, so it is written in PyTorch's operators,
             # from a z that depends on x, weight and bias. Costs a GEMM; any order of derivative works.
-            p = torch.sigmoid(nn.functional.linear(x, weight, bias))
+            with torch.autocast(x.device.type, enabled=False):
+                p = torch.sigmoid(nn.functional.linear(x, weight, bias))
             dz = grad * (1 + ctx.scale * p * (1 - p))
             dbias = _rows(dz).sum(0)
         else:
@@ -696,20 +704,18 @@ def linear_sigmoid_residual(x, weight, bias, scale):
         devices that do not fit and for a scale that is no number, before any launch.
     """
     if not (isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor) and isinstance(bias, torch.Tensor)):
-        name, value = next(
-            (name, value)
-            for name, value in (("x", x), ("weight", weight), ("bias", bias))
-            if not isinstance(value, torch.Tensor)
-        )
-        raise TypeError(f"linear_sigmoid_residual(): argument '{name}' must be Tensor, not {type(value).__name__}")
+        for name, value in (("x", x), ("weight", weight), ("bias", bias)):
+            if not (isinstance(value, torch.Tensor) or hasattr(type(value), "__torch_function__")):  # as fx's proxies
+                raise TypeError(
+                    f"linear_sigmoid_residual(): argument '{name}' must be Tensor, not {type(value).__name__}"
+                )
     if isinstance(scale, torch.Tensor) and scale.requires_grad:
         raise TypeError("linear_sigmoid_residual(): argument 'scale' requires a gradient, and none is computed for it")
     # Where nothing watches, past the dispatcher.
-    # The order: what torch.compile knows comes before what it cannot trace.
     is_number = type(scale) is float or (type(scale) is int and abs(scale) < 2**63)
-    if torch.compiler.is_compiling() or not is_number or not _is_plain(x, weight, bias):
-        return _forward_op(x, weight, bias, scale)
-    return _forward_op(x, weight, bias, scale) if _is_watched() else _forward_autograd(x, weight, bias, float(scale))
+    if is_number and _is_plain(x, weight, bias) and not _is_watched():
+        return _forward_autograd(x, weight, bias, float(scale))
+    return _forward_op(x, weight, bias, scale)
 
 
 # ------------------------------------------------------------------------------------------------- the module
@@ -719,9 +725,10 @@ class ModelNew(nn.Module):
     """Drop-in for `Model`: same constructor, parameters (`gemm.weight` [N, K], `gemm.bias` [N]) and random draws.
 
     Args: input_size (K), hidden_size (N), scaling_factor (s). Input [..., K], output [..., N].
-    `gemm` holds the parameters and draws them; its own forward is not called. Except where it has hooks, as pruning,
-    spectral_norm, fully_shard and ColwiseParallel give it: those must see its input and what it returns, so the layer
-    is then computed as `Model` does it, with PyTorch's operators. Nothing is cached between calls.
+    `gemm` holds the parameters and draws them; its own forward is not called. Except where it is not nn.Linear's, or
+    has hooks, as pruning, spectral_norm, fully_shard, ColwiseParallel, LoRA and quantization give it: those must see
+    its input and what it returns, so the layer is then computed as `Model` does it, with PyTorch's operators. Nothing
+    is cached between calls.
     """
 
     def __init__(self, input_size, hidden_size, scaling_factor):
@@ -731,7 +738,14 @@ class ModelNew(nn.Module):
 
     def forward(self, x):
         gemm = self.gemm
-        if gemm._forward_pre_hooks or gemm._forward_hooks or gemm._backward_hooks or gemm._backward_pre_hooks:
+        if (
+            gemm._forward_pre_hooks
+            or gemm._forward_hooks
+            or gemm._backward_hooks
+            or gemm._backward_pre_hooks
+            or "forward" in gemm.__dict__
+            or type(gemm).forward is not nn.Linear.forward
+        ):
             return Model.forward(self, x)
         return linear_sigmoid_residual(x, gemm.weight, gemm.bias, self.scaling_factor)
 

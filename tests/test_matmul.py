@@ -106,6 +106,19 @@ class TestKernel:
         first = model_new._matmul_cuda(dz.t(), x)
         assert all(torch.equal(first, model_new._matmul_cuda(dz.t(), x)) for _ in range(20))
 
+    def test_a_gradient_that_must_be_differentiable(self):
+        """create_graph=True on a layer that is large enough for the kernel: second derivatives as eager's."""
+        torch.manual_seed(0)
+        layers = [kind(1024, 512, 2.0).cuda() for kind in (ModelNew, model_new.Model)]
+        layers[1].load_state_dict(layers[0].state_dict())
+        x = torch.randn(4, 1024, device="cuda", requires_grad=True)
+        second = []
+        for layer in layers:
+            (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+            second.append(torch.autograd.grad(first.square().sum(), (x, *layer.parameters())))
+        for ours, eagers in zip(*second):
+            torch.testing.assert_close(ours, eagers, rtol=1e-4, atol=1e-4 * eagers.abs().max().item())
+
     def test_serves_the_backward_of_large_layers(self, monkeypatch):
         """Both products of the reference shape, which are as accurate as SGEMM's or better; none at 'high'."""
         layer = ModelNew(8192, 8192, 2.0).cuda()

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 
 import model_new
 from model_new import Model, ModelNew
@@ -104,3 +105,32 @@ def test_inputs_are_the_reference_problems():
 
 def test_repr_names_the_scale():
     assert "scaling_factor=2.5" in repr(ModelNew(3, 4, 2.5))
+
+
+class Adapted(nn.Linear):
+    """A layer whose result is not its weight's alone, as LoRA's."""
+
+    def forward(self, x):
+        return super().forward(x) + 1.0
+
+
+@pytest.mark.parametrize("how", ["subclass", "on the instance"])
+def test_a_gemm_with_a_forward_of_its_own_is_called(how, device):
+    model = ModelNew(6, 5, 2.0).to(device)
+    x = torch.randn(3, 6, device=device)
+    z = nn.functional.linear(x, model.gemm.weight, model.gemm.bias) + 1.0
+    if how == "subclass":
+        adapted = Adapted(6, 5).to(device)
+        adapted.load_state_dict(model.gemm.state_dict())
+        model.gemm = adapted
+    else:
+        plain = model.gemm.forward
+        model.gemm.forward = lambda x: plain(x) + 1.0
+    torch.testing.assert_close(model(x), z + 2.0 * torch.sigmoid(z))
+
+
+def test_symbolic_trace_keeps_the_operator(device):
+    model, x = ModelNew(6, 5, 2.0).to(device), torch.randn(3, 6, device=device)
+    traced = torch.fx.symbolic_trace(model)
+    assert any("linear_sigmoid_residual" in str(node.target) for node in traced.graph.nodes)
+    assert torch.equal(traced(x), model(x))
