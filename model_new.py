@@ -293,13 +293,18 @@ def select_kernel(x, weight, bias):
 def _tile_of(x, weight):
     """What select_tile says of the product of two tensors on a GPU."""
     n, k = weight.shape
-    if x.device.index not in _hopper_devices or x.dtype == torch.float64 or k == 0 or weight.stride(1) != 1:
+    if n * k < _SMALLEST_W or x.device.index not in _hopper_devices or x.dtype == torch.float64:
+        return None
+    if weight.stride(1) != 1:
         return None
     if x.dtype != torch.float32:
         precision = "16 bit"
     else:
         precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "float32"
     return select_tile(precision, x.numel() // k, n, k)
+
+
+_SMALLEST_W = 2**19  # entries; smaller ones were not measured: their time is their launches
 
 
 @functools.lru_cache(maxsize=4096)
@@ -312,7 +317,7 @@ def select_tile(precision, m, n, k):
     Each rule is from times on an H200 of every tile beside the library's GEMM and fused epilogue: M from 1 to 8192 with
     ten (K, N) from (2048, 256) to (4096, 11008). Where times were within a few percent the library serves.
     """
-    if min(m, n) == 0 or max(m, n, k) > 2**31 - 2048:
+    if m == 0 or n * k < _SMALLEST_W or max(m, n, k) > 2**31 - 2048:
         return None
     # Rows that are not in multiples of 16 bytes must be copied first, which costs more than reading W once more. cuBLAS
     # drops to a quarter of its rate there, but not while it only streams W for a few rows of x.
@@ -321,15 +326,16 @@ def select_tile(precision, m, n, k):
     if precision == "float32":
         # SGEMM is behind everywhere, but its GEMV, which serves one row, not much. Below K = 256 it is more accurate,
         # and up to 512 its error is about the kernel's.
-        least = (1 if n * k >= 2**26 else 2) if aligned else 32
-        tiles = _tiles("fp16x3", m, n, k) if k >= 512 and m >= least and n * k >= 2**19 else []
+        # Where W is small and x has few rows, two launches are no faster than SGEMM's one and the epilogue's.
+        least = (1 if n * k >= 2**26 else 2 if n * k >= 2**20 else 65) if aligned else 32
+        tiles = _tiles("fp16x3", m, n, k) if k >= 512 and m >= least else []
     elif precision == "tf32":
-        # For few rows cuBLAS streams W as fast, except where W is small and launches count, and at 8192 x 8192. For
-        # more, the kernel is ahead once its tiles of 256 rows keep the SMs busy long enough.
+        # For few rows cuBLAS streams W as fast, except at 8192 x 8192. For more, the kernel is ahead once its tiles of
+        # 256 rows keep the SMs busy long enough.
         if not aligned:
             tiles = [("fp16x1_staged", 256, 0)] if m >= 200 and work >= 2**33 else []
         elif few:
-            tiles = _tiles("fp16x1", m, n, k) if n * k >= 2**26 or (2 <= m <= 16 and n * k <= 2**24) else []
+            tiles = _tiles("fp16x1", m, n, k) if n * k >= 2**26 else []
         elif m >= 512 and work >= 1.2e10 and -(-m // 256) * -(-n // 128) >= 100:
             # Reading W as float32 binds the kernel to L2's bandwidth; from 2048 rows on a copy in fp16 pays.
             tiles = [("fp16x1_staged" if m >= 2048 else "fp16x1", 256, 0)]
@@ -339,7 +345,7 @@ def select_tile(precision, m, n, k):
         # For few rows: one launch instead of two where W is small, equal where it is large. From 1024 rows on the fused
         # epilogue saves a pass over out. Between, cuBLAS has tiles that fit better.
         fits = n * k <= 2**24 or n * k >= 2**26 if few else m >= 1024 and m * n >= 2**22
-        tiles = _tiles("wgmma16", m, n, k) if (fits if aligned else m >= 16 and n * k >= 2**19) else []
+        tiles = _tiles("wgmma16", m, n, k) if (fits if aligned else m >= 64) else []
     return tiles[0] if len(tiles) == 1 else min(tiles, key=lambda t: _microseconds(m, n, k, *t), default=None)
 
 
@@ -569,6 +575,7 @@ def _is_watched():
     """Whether something above autograd would notice that the operator was not called through the dispatcher."""
     return (
         torch._C._len_torch_function_stack() > 0
+        or forward_ad._current_level >= 0
         or torch.is_autocast_enabled("cuda")
         or torch._C._get_tracing_state() is not None
     )
@@ -593,8 +600,12 @@ class _LinearSigmoidResidual(torch.autograd.Function):
     """Keeps z for the backward (eager keeps sigmoid(z): the same memory)."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, scale):
-        out, z = _without_autograd(_forward_with_z_op, _forward_with_z_cuda, (x, weight, bias), scale)
+    def forward(ctx, x, weight, bias, scale, is_plain):
+        if is_plain:
+            out, z = _forward_with_z_cuda(x, weight, bias, scale)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                out, z = _forward_with_z_op(x, weight, bias, scale)
         ctx.save_for_backward(x, weight, bias, z)
         ctx.scale = scale
         return out
@@ -613,13 +624,24 @@ class _LinearSigmoidResidual(torch.autograd.Function):
             dz, dbias = _without_autograd(_backward_z_op, _backward_z_cuda, (grad, z), ctx.scale)
             ctx.maybe_clear_saved_tensors()  # z is done with, unless the graph is retained
         del z
-        needs_dx, needs_dweight, needs_dbias, _ = ctx.needs_input_grad
+        needs_dx, needs_dweight, needs_dbias, *_ = ctx.needs_input_grad
         dz_rows = _rows(dz)
         dweight = _matmul(dz_rows.t(), _rows(x)) if needs_dweight else None  # first: it takes more memory
         dx = _matmul(dz_rows, weight) if needs_dx else None
         if needs_dx and x.dim() != 2:
             dx = dx.view(x.shape)
-        return dx, dweight, dbias if needs_dbias else None, None
+        return dx, dweight, dbias if needs_dbias else None, None, None
+
+
+def _wants_gradient(x, weight, bias):
+    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
+
+
+def _forward_plain(x, weight, bias, scale):
+    """What the dispatcher makes of the operator for plain tensors, where nothing watches."""
+    if _wants_gradient(x, weight, bias):
+        return _LinearSigmoidResidual.apply(x, weight, bias, scale, True)
+    return _forward_cuda(x, weight, bias, scale)
 
 
 def _forward_autograd(x, weight, bias, scale):
@@ -627,8 +649,8 @@ def _forward_autograd(x, weight, bias, scale):
         _check(x, weight, bias)
         z = nn.functional.linear(x, weight, bias)
         return torch.sigmoid(z) * scale + z
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
-        return _LinearSigmoidResidual.apply(x, weight, bias, scale)
+    if _wants_gradient(x, weight, bias):
+        return _LinearSigmoidResidual.apply(x, weight, bias, scale, _is_plain(x, weight, bias))
     return _without_autograd(_forward_op, _forward_cuda, (x, weight, bias), scale)
 
 
@@ -703,18 +725,15 @@ def linear_sigmoid_residual(x, weight, bias, scale):
     Raises: TypeError for a non-tensor or for a scale that requires a gradient, RuntimeError for shapes, dtypes or
         devices that do not fit and for a scale that is no number, before any launch.
     """
-    if not (isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor) and isinstance(bias, torch.Tensor)):
-        for name, value in (("x", x), ("weight", weight), ("bias", bias)):
-            if not (isinstance(value, torch.Tensor) or hasattr(type(value), "__torch_function__")):  # as fx's proxies
-                raise TypeError(
-                    f"linear_sigmoid_residual(): argument '{name}' must be Tensor, not {type(value).__name__}"
-                )
+    if type(scale) is int and abs(scale) < 2**53:
+        scale = float(scale)
+    if type(scale) is float and _is_plain(x, weight, bias) and not _is_watched():
+        return _forward_plain(x, weight, bias, scale)
+    for name, value in (("x", x), ("weight", weight), ("bias", bias)):
+        if not (isinstance(value, torch.Tensor) or hasattr(type(value), "__torch_function__")):  # as fx's proxies
+            raise TypeError(f"linear_sigmoid_residual(): argument '{name}' must be Tensor, not {type(value).__name__}")
     if isinstance(scale, torch.Tensor) and scale.requires_grad:
         raise TypeError("linear_sigmoid_residual(): argument 'scale' requires a gradient, and none is computed for it")
-    # Where nothing watches, past the dispatcher.
-    is_number = type(scale) is float or (type(scale) is int and abs(scale) < 2**63)
-    if is_number and _is_plain(x, weight, bias) and not _is_watched():
-        return _forward_autograd(x, weight, bias, float(scale))
     return _forward_op(x, weight, bias, scale)
 
 

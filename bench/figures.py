@@ -17,10 +17,13 @@ from tables import ROOT, companion, grid_panels, label, read, results_path
 
 try:
     import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
     from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+    from matplotlib.transforms import Bbox
 except ImportError:
     sys.exit("bench/figures.py needs matplotlib: pip install -e '.[bench]'")
 
@@ -48,7 +51,8 @@ STYLE = {
 
 
 def name_of(row):
-    text = label(row).removesuffix(" *") + (" (bare GEMM)" if row["error_of"] == "product" else "")
+    text = label(row).removesuffix(" *").replace(", float32 output", "")
+    text = text.removesuffix(", fused epilogue") + (" (bare GEMM)" if row["error_of"] == "product" else "")
     if row["dtype"] != "float32":
         return f"{text}, {row['dtype']}"
     return text if row["precision"] == "highest" else f"{text}, '{row['precision']}'"
@@ -59,11 +63,35 @@ def beside(axes, text, x, y, color, left=False, gap=9, **style):
     axes.annotate(text, (x, y), va="center", color=color, **position, **style)
 
 
+def place_labels(axes, labels):
+    """labels: [(text, x, y, style)], placed beside their points where they overlap neither one another nor a point."""
+    figure = axes.figure
+    figure.set_canvas(FigureCanvasAgg(figure))
+    figure.draw_without_rendering()  # the axes have their place from here on
+    renderer = figure.canvas.get_renderer()
+    taken = [Bbox.from_bounds(*(axes.transData.transform((x, y)) - 5), 10, 10) for _, x, y, _ in labels]
+    sides = [(dx, dy, side) for dy in (0, 11, -11, 22, -22, 33, -33) for dx, side in ((9, "left"), (-9, "right"))]
+    for text, x, y, style in labels:
+        for dx, dy, side in sides:
+            place = {"xytext": (dx, dy), "textcoords": "offset points", "ha": side, "va": "center"}
+            line = {"arrowstyle": "-", "color": TEXT, "lw": 0.5, "shrinkA": 0, "shrinkB": 3} if abs(dy) > 11 else None
+            written = axes.annotate(text, (x, y), arrowprops=line, **place, **style)
+            written.update_positions(renderer)
+            box = Text.get_window_extent(written, renderer).padded(1)
+            inside = axes.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= axes.bbox.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            written.remove()
+
+
 def groups(rows):
-    """Rows whose points would lie on one another."""
+    """Rows whose points would lie on one another; ModelNew's alone."""
     found = []
     for row in rows:
         for group in found:
+            if "ModelNew" in (row["name"], group[0]["name"]):
+                continue
             if all(abs(math.log(row[key] / group[0][key])) < 0.1 for key in ("ms", "error_frobenius")):
                 group.append(row)
                 break
@@ -87,16 +115,18 @@ def compared(results):
 def error_against_time(rows):
     figure = Figure(figsize=(8.4, 5.4), layout="constrained")
     axes = figure.add_subplot(xscale="log", yscale="log")
-    for group in groups(rows):
+    labels = []
+    for group in sorted(groups(rows), key=lambda group: group[0]["name"] != "ModelNew"):
         ours, bare = group[0]["name"] == "ModelNew", group[0]["error_of"] == "product"
         color = BLUE if ours else TEXT
         points = [row["ms"] for row in group], [row["error_frobenius"] for row in group]
         axes.plot(*points, "D" if ours else "o", ms=9 if ours else 6.5, color=color, mfc="none" if bare else color)
         ms, error = (min(values) for values in points)
-        beside(axes, ", ".join(map(name_of, group)), ms, error, color, left=ms > 1, weight="bold" if ours else "normal")
-    axes.set_xlim(0.15, 3.3)
-    axes.set_ylim(3e-8, 5e-3)
-    ticks = (0.2, 0.3, 0.5, 1, 2, 3)
+        style = {"color": color, "weight": "bold" if ours else "normal"}
+        labels.append((", ".join(dict.fromkeys(map(name_of, group))), ms, error, style))
+    axes.set_xlim(0.08, 3.5)
+    axes.set_ylim(3e-8, 1e-2)
+    ticks = (0.1, 0.2, 0.3, 0.5, 1, 2, 3)
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter(lambda value, _: f"1e{round(math.log10(value))}")
@@ -107,6 +137,7 @@ def error_against_time(rows):
     axes.set_ylabel("relative error against float64,\nFrobenius norm (log scale)")
     title = "{gpu}, M, K, N = {shape}; float32 'highest' where nothing else is said; hollow: a bare GEMM's product"
     axes.set_title(title.format(**rows[0]), fontsize=9, loc="left")
+    place_labels(axes, labels)
     return figure
 
 

@@ -236,12 +236,12 @@ def any_tile(index):
         all_tiles = [tile for kernel in kernels for tile in tiles(kernel, k, splits=(1, 2, 4, 8))]
         return all_tiles[index % len(all_tiles)] if min(m, n, k) else None
 
-    before = model_new.select_tile
-    model_new.select_tile = select_tile
+    before = model_new.select_tile, model_new._SMALLEST_W
+    model_new.select_tile, model_new._SMALLEST_W = select_tile, 0
     try:
         yield
     finally:
-        model_new.select_tile = before
+        model_new.select_tile, model_new._SMALLEST_W = before
 
 
 @contextmanager

@@ -397,3 +397,23 @@ def test_scales_of_any_kind(scale, device):
     x, weight, bias = (torch.randn(shape, device=device) for shape in ((3, 6), (5, 6), (5,)))
     expected = model_new.linear_sigmoid_residual(x, weight, bias, float(scale))
     assert torch.equal(model_new.linear_sigmoid_residual(x, weight, bias, scale), expected)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_plain_tensors_go_past_the_dispatcher(grad, monkeypatch):
+    """As CUDA tensors do where nothing watches, here with the CPU's implementation: the same bits, and no round through
+    the dispatcher forwards.
+    """
+    layer, x = model_new.ModelNew(70, 50, 2.0), torch.randn(9, 70, requires_grad=True)
+    with torch.set_grad_enabled(grad):
+        expected = layer(x)
+    gradients = torch.autograd.grad(expected.square().sum(), [x, *layer.parameters()]) if grad else []
+    monkeypatch.setattr(model_new, "_PLAIN_KEYS", torch._C._dispatch_keys(x))
+    for name in ("forward", "forward_with_z", "backward_z"):
+        monkeypatch.setattr(model_new, f"_{name}_cuda", getattr(model_new, f"_{name}_cpu"))
+        monkeypatch.setattr(model_new, f"_{name}_op", None)  # or it would be called
+    with torch.set_grad_enabled(grad):
+        out = layer(x)
+    assert torch.equal(out, expected) and out.requires_grad == grad
+    if grad:
+        assert all(map(torch.equal, torch.autograd.grad(out.square().sum(), [x, *layer.parameters()]), gradients))
