@@ -257,6 +257,40 @@ def time_16bit_section(arguments):
     return results, True
 
 
+# --------------------------------------------------------------------------------------------------- training
+
+
+@torch.enable_grad()
+def training_section(arguments):
+    """Forward and backward, gradients of x, W and b; error: Frobenius, of W's gradient against float64."""
+    rows, k, n = arguments.shape
+    eager, new = Model(k, n, SCALE).cuda(), ModelNew(k, n, SCALE).cuda()
+    new.load_state_dict(eager.state_dict())
+    x, grad = torch.rand(rows, k, device="cuda", requires_grad=True), torch.randn(rows, n, device="cuda")
+
+    def step(layer):
+        return torch.autograd.grad(layer(x), (x, *layer.parameters()), grad)
+
+    weight, bias = (p.detach().double() for p in new.parameters())
+    p = torch.sigmoid(nn.functional.linear(x.detach().double(), weight, bias))
+    exact = (grad * (1 + SCALE * p * (1 - p))).t() @ x.detach().double()
+    functions = {"eager": lambda: step(eager), "ModelNew": lambda: step(new)}
+    errors = {name: ((f()[1] - exact).norm() / exact.norm()).item() for name, f in functions.items()}
+    times = times_in_turns(functions, max(2, arguments.repeats // 3))
+    print(f"{'':31}{'ms':>8}{'p10':>8}{'p90':>8}{'speedup':>9}{'error':>9}")
+    results = []
+    for name, (ms, p10, p90) in times.items():
+        speedup = times["eager"][0] / ms
+        print(f"{name:31}{ms:8.4f}{p10:8.4f}{p90:8.4f}{speedup:8.2f}x{errors[name]:9.1e}")
+        values = {"ms": ms, "p10": p10, "p90": p90, "speedup": speedup, "error_frobenius": errors[name]}
+        values |= {
+            "error_of": "gradient of W",
+            "kernel": select_kernel(x, *new.parameters()) if name != "eager" else None,
+        }
+        results.append(row(arguments, "training", name, arguments.shape, **values))
+    return results, True
+
+
 # --------------------------------------------------------------------------------------------------- accuracy
 
 
@@ -474,6 +508,7 @@ def host_section(arguments):
 SECTIONS = {
     "time": time_section,
     "time-16bit": time_16bit_section,
+    "training": training_section,
     "accuracy": accuracy_section,
     "epilogue": epilogue_section,
     "host": host_section,
