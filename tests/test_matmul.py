@@ -109,9 +109,10 @@ class TestKernel:
     def test_a_gradient_that_must_be_differentiable(self):
         """create_graph=True on a layer that is large enough for the kernel: second derivatives as eager's."""
         torch.manual_seed(0)
-        layers = [kind(1024, 512, 2.0).cuda() for kind in (ModelNew, model_new.Model)]
+        layers = [kind(2048, 1024, 2.0).cuda() for kind in (ModelNew, model_new.Model)]
         layers[1].load_state_dict(layers[0].state_dict())
-        x = torch.randn(4, 1024, device="cuda", requires_grad=True)
+        x = torch.randn(4, 2048, device="cuda", requires_grad=True)
+        assert model_new.select_tile("float32", 4, 2048, 1024)  # of dz and W
         second = []
         for layer in layers:
             (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
