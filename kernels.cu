@@ -1278,8 +1278,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           if (z != nullptr) store_float(z, m, values, groups, identity, check);
           store_float(out, m, values, groups, act, check);
         } else {
-          constexpr int kBatch = std::integral_constant < int,
-                        kGroups < 4 ? kGroups : 4 > ::value;  // as registers allow
+          constexpr int kBatch = kGroups < 4 ? kGroups : 4;  // as registers allow
 #pragma unroll
           for (int group = 0; group < kGroups; group += kBatch) {
             const auto batch = std::integral_constant<int, kBatch>();
@@ -1683,6 +1682,7 @@ int linear_hopper(const void* x, const void* w, const void* bias, void* out, voi
                               : k % 4 == 0 && x_stride % 4 == 0 && w_stride % 4 == 0 && aligned16(x, w, w);
   const hopper::Arguments args = {x,        w,        bias,   out,    z,      x_split,      w_split,
                                   x_stride, w_stride, int(m), int(n), int(k), float(scale), is_aligned};
+  // Float32 must be converted, 16 bits must not be.
   if ((what == Conversion::kNone) == (static_cast<DType>(dtype) == DType::kFloat32)) return cudaErrorInvalidValue;
   switch (static_cast<DType>(dtype)) {
     case DType::kFloat32:

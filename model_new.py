@@ -591,7 +591,7 @@ def _without_autograd(operator, cuda_kernel, tensors, *scale):
 
 def _matmul(a, b):
     """a·b for the backward; by PyTorch's own where the gradient must be differentiable, and where ours never serves."""
-    if a.is_cuda and a.dtype == torch.float32 and not torch.is_grad_enabled():
+    if a.is_cuda and a.dtype == torch.float32 and b.numel() >= _SMALLEST_W and not torch.is_grad_enabled():
         return _without_autograd(_matmul_op, _matmul_cuda, (a, b))
     return a.mm(b)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model_new
 
@@ -50,3 +51,16 @@ def model_pair():
         return reference.to(**to), new.to(**to)
 
     return make
+
+
+class Operators(TorchDispatchMode):
+    """Names of our operators that ran."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "linear_sigmoid_residual":
+            self.names.append(function._schema.name.split("::")[1])
+        return function(*args, **(kwargs or {}))

@@ -5,7 +5,7 @@ On Hopper everything is compared with float64 on the GPU.
 
 import pytest
 import torch
-from conftest import needs_cuda
+from conftest import Operators, needs_cuda
 from tiles import tiles
 from torch import nn
 
@@ -119,6 +119,13 @@ class TestKernel:
             second.append(torch.autograd.grad(first.square().sum(), (x, *layer.parameters())))
         for ours, eagers in zip(*second):
             torch.testing.assert_close(ours, eagers, rtol=1e-4, atol=1e-4 * eagers.abs().max().item())
+
+    @pytest.mark.parametrize("k, n, served", [(2048, 512, True), (512, 512, False)])
+    def test_large_layers_call_the_operator(self, k, n, served):
+        layer, x = ModelNew(k, n, 2.0).cuda(), torch.randn(700, k, device="cuda", requires_grad=True)
+        with Operators() as operators:
+            layer(x).sum().backward()
+        assert operators.names.count("matmul") == (2 if served else 0)
 
     def test_serves_the_backward_of_large_layers(self, monkeypatch):
         """Both products of the reference shape, which are as accurate as SGEMM's or better; none at 'high'."""
