@@ -237,7 +237,7 @@ def any_tile(index):
         return all_tiles[index % len(all_tiles)] if min(m, n, k) else None
 
     before = model_new.select_tile, model_new._SMALLEST_W
-    model_new.select_tile, model_new._SMALLEST_W = select_tile, 0
+    model_new.select_tile, model_new._SMALLEST_W = select_tile, 1  # an empty W stays the library's
     try:
         yield
     finally:

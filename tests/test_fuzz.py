@@ -235,3 +235,13 @@ def test_a_mistake_is_seen(mistake, module, monkeypatch):
     monkeypatch.setattr(model_new, "linear_sigmoid_residual", wrong)
     with pytest.raises(GuardError if "written" in words else AssertionError, match=words):
         run(case, "cpu")
+
+
+def test_any_tile_leaves_empty_weights_to_the_library(monkeypatch):
+    """Whatever the size that is forced, there is no product without k, n or m."""
+    monkeypatch.setattr(model_new, "_hopper_devices", {None})  # the index of the CPU
+    for m, n, k in ((0, 7, 520), (5, 0, 520), (5, 7, 0)):
+        with any_tile(3):
+            assert model_new._tile_of(torch.empty(m, k), torch.empty(n, k)) is None
+    with any_tile(3):
+        assert model_new._tile_of(torch.empty(5, 520), torch.empty(7, 520))
