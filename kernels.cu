@@ -331,7 +331,14 @@ template <int kN> struct Wgmma;
   "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, " \
   "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, "   \
   "%121, %122, %123, %124, %125, %126, %127"
-// kRegisters: of d, which are the first operands; i0 to i5: the numbers of those that follow.
+// kRegisters: of d, which are the first operands; i0 to i5: the numbers of those that follow. types: of a and b.
+#define WGMMA_FROM_SHARED(kN, kRegisters, types, i0, i1, i2)                                                          \
+  asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #i2                                                             \
+               ", 0;\n"                                                                                               \
+               " wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." types " {" NAMES##kRegisters "}, %" #i0 ", %" #i1  \
+                                                                                                ", p, 1, 1, 0, 0;\n}" \
+               : D##kRegisters(0)                                                                                     \
+               : "l"(a), "l"(b), "r"(accumulate))
 #define DEFINE_WGMMA(kN, kRegisters, i0, i1, i2, i3, i4, i5)                                                   \
   template <> struct Wgmma<kN> {                                                                               \
     static __device__ __forceinline__ void multiply(float* d, const uint32_t* a, uint64_t b, int accumulate) { \
@@ -345,19 +352,9 @@ template <int kN> struct Wgmma;
     template <typename T>                                                                                      \
     static __device__ __forceinline__ void multiply(float* d, uint64_t a, uint64_t b, int accumulate) {        \
       if constexpr (std::is_same_v<T, __half>)                                                                 \
-        asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #i2                                                \
-                     ", 0;\n"                                                                                  \
-                     " wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32.f16.f16 {" NAMES##kRegisters            \
-                     "}, %" #i0 ", %" #i1 ", p, 1, 1, 0, 0;\n}"                                                \
-                     : D##kRegisters(0)                                                                        \
-                     : "l"(a), "l"(b), "r"(accumulate));                                                       \
+        WGMMA_FROM_SHARED(kN, kRegisters, "f16.f16", i0, i1, i2);                                              \
       else                                                                                                     \
-        asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #i2                                                \
-                     ", 0;\n"                                                                                  \
-                     " wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32.bf16.bf16 {" NAMES##kRegisters          \
-                     "}, %" #i0 ", %" #i1 ", p, 1, 1, 0, 0;\n}"                                                \
-                     : D##kRegisters(0)                                                                        \
-                     : "l"(a), "l"(b), "r"(accumulate));                                                       \
+        WGMMA_FROM_SHARED(kN, kRegisters, "bf16.bf16", i0, i1, i2);                                            \
     }                                                                                                          \
   };
 DEFINE_WGMMA(16, 8, 8, 9, 10, 11, 12, 13)
@@ -1677,9 +1674,9 @@ int linear_hopper(const void* x, const void* w, const void* bias, void* out, voi
   const int parts = parts_of(what);
   const hopper::SplitRows x_split(scratch, m, k, parts);
   const hopper::SplitRows w_split(static_cast<char*>(scratch) + hopper::SplitRows::bytes(m, k, parts), n, k, 1);
-  const bool is_aligned = what == Conversion::kSplitTransposed
-                              ? k % 4 == 0 && x_stride % 4 == 0 && aligned16(x, x, x)
-                              : k % 4 == 0 && x_stride % 4 == 0 && w_stride % 4 == 0 && aligned16(x, w, w);
+  // A transposed W is not read along k.
+  const bool w_is_aligned = what == Conversion::kSplitTransposed || (w_stride % 4 == 0 && aligned16(w, w, w));
+  const bool is_aligned = k % 4 == 0 && x_stride % 4 == 0 && aligned16(x, x, x) && w_is_aligned;
   const hopper::Arguments args = {x,        w,        bias,   out,    z,      x_split,      w_split,
                                   x_stride, w_stride, int(m), int(n), int(k), float(scale), is_aligned};
   // Float32 must be converted, 16 bits must not be.

@@ -293,15 +293,17 @@ def select_kernel(x, weight, bias):
 def _tile_of(x, weight):
     """What select_tile says of the product of two tensors on a GPU."""
     n, k = weight.shape
+    # The size, as select_tile asks too, comes first: for small layers what follows is a part of a call's cost.
     if n * k < _SMALLEST_W or x.device.index not in _hopper_devices or x.dtype == torch.float64:
         return None
     if weight.stride(1) != 1:
         return None
-    if x.dtype != torch.float32:
-        precision = "16 bit"
-    else:
-        precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "float32"
+    precision = "16 bit" if x.dtype != torch.float32 else "tf32" if _allows_tf32() else "float32"
     return select_tile(precision, x.numel() // k, n, k)
+
+
+def _allows_tf32():
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 _SMALLEST_W = 2**19  # entries; smaller ones were not measured: their time is their launches
@@ -346,7 +348,7 @@ def select_tile(precision, m, n, k):
         # epilogue saves a pass over out. Between, cuBLAS has tiles that fit better.
         fits = n * k <= 2**24 or n * k >= 2**26 if few else m >= 1024 and m * n >= 2**22
         tiles = _tiles("wgmma16", m, n, k) if (fits if aligned else m >= 64) else []
-    return tiles[0] if len(tiles) == 1 else min(tiles, key=lambda t: _microseconds(m, n, k, *t), default=None)
+    return min(tiles, key=lambda tile: _microseconds(m, n, k, *tile), default=None)
 
 
 def _tiles(kernel, m, n, k):
@@ -360,6 +362,7 @@ def _tiles(kernel, m, n, k):
 _BLOCK_TIMES = {
     "fp16x3": ({256: 2.22, 128: 1.13}, {128: 1.28, 64: 0.8, 32: 0.65, 16: 0.6}),
     "fp16x1": ({256: 1.03}, {128: 0.86, 64: 0.66, 32: 0.58, 16: 0.56}),
+    "fp16x1_staged": ({256: 0.655}, {}),
     "wgmma16": ({256: 0.655}, {128: 0.48, 64: 0.33, 32: 0.28, 16: 0.28}),
 }
 _RESIDENT = {0: 132, 1: 132, 2: 132, 4: 120}  # blocks that run at once, by splits: clusters must fit the GPCs
@@ -479,9 +482,8 @@ def _launch_hopper(conversion, shape, x, weight, bias, out, z, sizes, scale):
 def _matmul_cuda(a, b):
     """a·b, for a [m, k] and b [k, n]: the backward's products, in float32 by the kernel that serves the forward."""
     (m, k), n = a.shape, b.shape[1]
-    tile = None
-    if a.device.index in _hopper_devices and a.dtype == torch.float32 and _in_16_bytes(b):
-        tile = None if torch.backends.cuda.matmul.fp32_precision == "tf32" else select_tile("float32", m, n, k)
+    may_serve = a.device.index in _hopper_devices and a.dtype == torch.float32 and not _allows_tf32()
+    tile = select_tile("float32", m, n, k) if may_serve and _in_16_bytes(b) else None
     if tile is None:
         return a.mm(b)
     a = a if a.stride(1) == 1 and a.stride(0) >= k else a.contiguous()
@@ -554,8 +556,8 @@ _PLAIN_KEYS = _dispatch_keys("CUDA", "ADInplaceOrView", "AutogradCUDA", "Autocas
 def _is_plain(*tensors):
     """Whether below autograd the dispatcher would do nothing for these tensors but call their CUDA implementation.
 
-    True for plain CUDA tensors, with no mode or transform that wants to see every operator. They are then served
-    directly: a round through the dispatcher, back into Python, costs the host 8 microseconds.
+    True for plain CUDA tensors, with no mode, transform or profiler that wants to see every operator. They are then
+    served directly: a round through the dispatcher, back into Python, costs the host some microseconds.
     """
     if torch.compiler.is_compiling():  # first: it cannot trace what follows
         return False
@@ -638,7 +640,7 @@ def _wants_gradient(x, weight, bias):
 
 
 def _forward_plain(x, weight, bias, scale):
-    """What the dispatcher makes of the operator for plain tensors, where nothing watches."""
+    """What the dispatcher makes of the operator for tensors that `_is_plain` calls so, from autograd on."""
     if _wants_gradient(x, weight, bias):
         return _LinearSigmoidResidual.apply(x, weight, bias, scale, True)
     return _forward_cuda(x, weight, bias, scale)
@@ -649,9 +651,12 @@ def _forward_autograd(x, weight, bias, scale):
         _check(x, weight, bias)
         z = nn.functional.linear(x, weight, bias)
         return torch.sigmoid(z) * scale + z
+    if _is_plain(x, weight, bias):
+        return _forward_plain(x, weight, bias, scale)
     if _wants_gradient(x, weight, bias):
-        return _LinearSigmoidResidual.apply(x, weight, bias, scale, _is_plain(x, weight, bias))
-    return _without_autograd(_forward_op, _forward_cuda, (x, weight, bias), scale)
+        return _LinearSigmoidResidual.apply(x, weight, bias, scale, False)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward_op(x, weight, bias, scale)
 
 
 def _forward_autocast(device_type):

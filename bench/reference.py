@@ -8,6 +8,7 @@ Needs a CUDA device. What is compared is timed in one run, in turns. Writes benc
 """
 
 import argparse
+import functools
 import json
 import re
 import statistics
@@ -28,6 +29,7 @@ except ImportError:
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import model_new
+from bench.tables import some_of
 from model_new import Model, ModelNew, errors_against_float64, l2_flush, linear_sigmoid_residual, select_kernel
 
 SCALE = model_new.scaling_factor
@@ -521,13 +523,6 @@ def _shape(text):
     return tuple(map(int, text.split(",")))
 
 
-def _sections(text):
-    names = text.split(",")
-    if not set(names) <= set(SECTIONS):
-        raise argparse.ArgumentTypeError(f"expected some of {','.join(SECTIONS)}, got {text!r}")
-    return names
-
-
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(prog="bench/reference.py", description=__doc__.splitlines()[0])
     shape = f"{model_new.batch_size},{model_new.input_size},{model_new.hidden_size}"
@@ -535,7 +530,9 @@ def parse_arguments(argv):
     option("--shape", type=_shape, default=shape, metavar="M,K,N", help="default %(default)s")
     option("--accuracy-shape", type=_shape, metavar="M,K,N", help="of the accuracy section; default: --shape")
     option("--precision", choices=("highest", "high", "medium"), default="highest", help="default %(default)s")
-    option("--sections", type=_sections, default=",".join(SECTIONS), help="default %(default)s")
+    option(
+        "--sections", type=functools.partial(some_of, SECTIONS), default=",".join(SECTIONS), help="default %(default)s"
+    )
     option("--repeats", type=int, default=60, help="timed calls of each row, at least 2 (default %(default)s)")
     option("--output", type=Path, help="default bench/results/<gpu>.json, with -high or -medium where asked")
     arguments = parser.parse_args(argv)

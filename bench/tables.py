@@ -36,6 +36,14 @@ def companion(path, suffix):
     return path.with_stem(f"{path.stem}-{suffix}") if suffix else path
 
 
+def some_of(choices, text):
+    """The names in `text`, separated by commas; argparse.ArgumentTypeError where one is none of the choices."""
+    names = text.split(",")
+    if not set(names) <= set(choices):
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(choices)}, got {text!r}")
+    return names
+
+
 def error(value):
     return "–" if math.isnan(value) else f"{value:.1e}".replace("e-0", "e-").replace("e+00", "")
 

@@ -12,6 +12,7 @@ does not end the run; the exit status is 1 where there was one.
 import argparse
 import contextlib
 import datetime
+import functools
 import gc
 import json
 import os
@@ -35,8 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # bef
 
 import fuzz
 from fuzz import Arithmetic, Expected, GuardError, settings
+from reference import peak_bytes
 
 import model_new
+from bench.tables import some_of
 from model_new import Model, ModelNew, select_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -509,18 +512,6 @@ def replay(x, weight, bias, scale, replays=5):
 # --------------------------------------------------------------------------------------------------------- memory
 
 
-def peak_bytes(function):
-    """Asked of PyTorch's allocator at the worst moment of a call, beyond what was before it; the second call."""
-    function()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
-    result = function()
-    torch.cuda.synchronize()
-    del result
-    return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
-
-
 def memory_section(run):
     """Peaks against eager's, no growth, and running out of memory."""
     with run.row("memory", "peak of a call on the reference shape, without and with backward: at most eager's") as row:
@@ -817,20 +808,13 @@ SECTIONS = {  # name: (function, its share of the time, whether it needs a CUDA 
 }
 
 
-def _sections(text):
-    names = text.split(",")
-    if not set(names) <= set(SECTIONS):
-        raise argparse.ArgumentTypeError(f"expected some of {','.join(SECTIONS)}, got {text!r}")
-    return names
-
-
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(prog="bench/trust.py", description=__doc__.splitlines()[0])
     option = parser.add_argument
     option("--calls", type=int, default=10000, help="random calls, and repetitions elsewhere (default %(default)s)")
     option("--seed", type=int, default=0, help="of the random calls and all data (default %(default)s)")
     option("--minutes", type=float, default=4.0, help="time for all, less for each section (default %(default)s)")
-    option("--sections", type=_sections, metavar="NAMES", help="default: all but sanitizer")
+    option("--sections", type=functools.partial(some_of, SECTIONS), metavar="NAMES", help="default: all but sanitizer")
     option("--case", type=int, metavar="N", help="only the random call of that number")
     option("--sanitizer", action="store_true", help="the section sanitizer, too; minutes more")
     option("--device", choices=("cuda", "cpu"), default="cuda", help="default %(default)s")

@@ -119,6 +119,21 @@ def random_arguments(shape, n, dtype, device, scale=2.0):
     return *(t.to(device=device, dtype=dtype) for t in (x, weight, bias)), scale
 
 
+def peak_bytes(function):
+    """Bytes asked for at the worst moment of a call, beyond what was before it; the second call, without its set-up.
+
+    Asked for, not allocated: the allocator gives a free block that is up to 1 MiB larger as it is.
+    """
+    function()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    out = function()
+    torch.cuda.synchronize()
+    del out
+    return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+
+
 def poison(t_bytes, device):
     """Leaves NaN in the memory that the next allocation of this size on a GPU is likely to get."""
     if device != "cpu":

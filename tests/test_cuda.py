@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import needs_cuda
-from reference import DTYPES, Layer, random_arguments
+from reference import DTYPES, Layer, peak_bytes, random_arguments
 from tiles import scratch_bytes
 from torch import nn
 
@@ -105,21 +105,6 @@ def test_runs_on_the_tensors_device(requires_grad):
     Layer(*arguments).check(out)
 
 
-def _peak(function):
-    """Bytes asked for at the worst moment of a call, beyond what was before it; the second call, without its set-up.
-
-    Asked for, not allocated: the allocator gives a free block that is up to 1 MiB larger as it is.
-    """
-    function()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
-    out = function()
-    torch.cuda.synchronize()
-    del out
-    return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
-
-
 @pytest.mark.parametrize("shape", [(1024, 2048), (8, 128, 2048)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_inference_takes_the_memory_of_the_linear(dtype, shape):
@@ -127,14 +112,14 @@ def test_inference_takes_the_memory_of_the_linear(dtype, shape):
     the scratch of a fused kernel, where one is used.
     """
     x, weight, bias, scale = random_arguments(shape, 4096, dtype, "cuda")
-    allowed = _peak(lambda: nn.functional.linear(x, weight, bias))
+    allowed = peak_bytes(lambda: nn.functional.linear(x, weight, bias))
     kernel = model_new.select_kernel(x, weight, bias)
     if kernel != "library":
         allowed += scratch_bytes(kernel, x.numel() // x.shape[-1], *weight.shape) + 1024  # rounded up
-    assert _peak(lambda: linear_sigmoid_residual(x, weight, bias, scale)) <= allowed
+    assert peak_bytes(lambda: linear_sigmoid_residual(x, weight, bias, scale)) <= allowed
     with torch.no_grad():
         weight.requires_grad_()
-        assert _peak(lambda: linear_sigmoid_residual(x, weight, bias, scale)) <= allowed
+        assert peak_bytes(lambda: linear_sigmoid_residual(x, weight, bias, scale)) <= allowed
 
 
 @pytest.mark.parametrize("kernel, allowed", [("fp16x3", 40e6), ("fp16x1", 20e6), ("fp16x1_staged", 155e6)])

@@ -137,6 +137,15 @@ class Expected:
             )
 
 
+def check_all_tiles(m, n, k, kernel, dtype, **splits):
+    """splits: as of `tiles`. The memory that out, z and the scratch are likely to get is NaN before."""
+    case = random_case(m, n, k, dtype)
+    expected = Expected(*case)
+    for tile in tiles(kernel, k, **splits):
+        leave_nan(kernel, m, n, k, dtype)
+        expected.check(tile, *fused_with_z(tile, *case))
+
+
 # shapes and memory
 
 # Every M with every N and every K, and every N with every K.
@@ -152,12 +161,7 @@ def test_edges(kernel, dtype, m):
     of K, or no rows to add up.
     """
     for j, n in enumerate(EDGES_N):
-        k = EDGES_K[(EDGES_M.index(m) + j) % len(EDGES_K)]
-        case = random_case(m, n, k, dtype)
-        expected = Expected(*case)
-        for tile in tiles(kernel, k):
-            leave_nan(kernel, m, n, k, dtype)
-            expected.check(tile, *fused_with_z(tile, *case))
+        check_all_tiles(m, n, EDGES_K[(EDGES_M.index(m) + j) % len(EDGES_K)], kernel, dtype)
 
 
 # M, N, K with more tiles than run at once: 132 blocks, in pairs that have 256 columns. The last tile of a pair and the
@@ -176,21 +180,14 @@ MANY_TILES = [
 @pytest.mark.parametrize("m, n, k", MANY_TILES)
 @each_kind
 def test_more_tiles_than_run_at_once(kernel, dtype, m, n, k):
-    case = random_case(m, n, k, dtype)
-    expected = Expected(*case)
-    for tile in tiles(kernel, k, splits=(1, 8)):
-        leave_nan(kernel, m, n, k, dtype)
-        expected.check(tile, *fused_with_z(tile, *case))
+    check_all_tiles(m, n, k, kernel, dtype, splits=(1, 8))
 
 
 @pytest.mark.parametrize("m, n, k", [(5, 7, 8192), (300, 257, 8199), (17, 130, 16500)])
 @each_kind
 def test_long_sums(kernel, dtype, m, n, k):
     """Of rows about and beyond what the converting and the padding kernel take at once."""
-    case = random_case(m, n, k, dtype)
-    expected = Expected(*case)
-    for tile in tiles(kernel, k, splits=(1, 7)):
-        expected.check(tile, *fused_with_z(tile, *case))
+    check_all_tiles(m, n, k, kernel, dtype, splits=(1, 7))
 
 
 @pytest.mark.parametrize("k", [64, 130, 600])
