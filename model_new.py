@@ -835,33 +835,43 @@ def l2_flush():
     return lambda: buffer.zero_().amax()
 
 
-def median_times(functions, repeats):
-    """Median milliseconds of each function of a dict, timed in turns so that all see the same clocks.
+def times_in_turns(functions, repeats, warm_up_seconds=0.0, wall_clock=False):
+    """{name: [milliseconds of each call]} of a dict of functions, called in turns so that all see the same clocks.
 
     On a GPU: CUDA events, with the L2 cache flushed before each call, which keeps the GPU busy while the host prepares
-    it: host time does not count. On the CPU: the wall clock.
+    it: host time does not count. On the CPU, or where asked for: the wall clock. Turns before the `repeats` that count
+    warm up: one, and more until warm_up_seconds have passed.
     """
-    times = {name: [] for name in functions}
-    on_gpu = torch.cuda.is_available()
-    flush = l2_flush() if on_gpu else None
-    for _ in range(repeats + 1):
-        events = []
-        for name, function in functions.items():
-            if on_gpu:
+    events = torch.cuda.is_available() and not wall_clock
+    flush = l2_flush() if events else None
+
+    def turn():
+        times = {}
+        if events:
+            for _ in range(4):  # the host has waited for the GPU: let it get ahead again, before the first call too
                 flush()
-                events.append((name, torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-                events[-1][1].record()
+        for name, function in functions.items():
+            if events:
+                flush()
+                times[name] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+                times[name][0].record()
                 function()
-                events[-1][2].record()
+                times[name][1].record()
             else:
                 start = time.perf_counter()
                 function()
-                times[name].append((time.perf_counter() - start) * 1e3)
-        if on_gpu:
+                times[name] = (time.perf_counter() - start) * 1e3
+        if events:
             torch.cuda.synchronize()
-        for name, start, end in events:
-            times[name].append(start.elapsed_time(end))
-    return {name: statistics.median(values[1:]) for name, values in times.items()}  # the first turn warms up
+            times = {name: start.elapsed_time(end) for name, (start, end) in times.items()}
+        return times
+
+    deadline = time.perf_counter() + warm_up_seconds
+    turn()
+    while time.perf_counter() < deadline:
+        turn()
+    turns = [turn() for _ in range(repeats)]
+    return {name: [times[name] for times in turns] for name in functions}
 
 
 def _environment():
@@ -966,7 +976,8 @@ def main(argv=None):
     }
     for name, good in checks.items():
         print(f"{'ok  ' if good else 'FAIL'} {name}")
-    times = median_times(functions, repeats=50 if device == "cuda" else 3)
+    times = times_in_turns(functions, repeats=50 if device == "cuda" else 3)
+    times = {name: statistics.median(values) for name, values in times.items()}
 
     print(f"\n{'':22}{'ms':>10}{'speedup':>10}{'error vs float64':>19}{'componentwise':>16}")
     results = []

@@ -41,8 +41,8 @@ def main(argv=None):
     commands = [] if arguments.from_recorded else measurements(results)
     commands += [[script, "--results", results] for script in ("tables.py", "figures.py")]
     failed = []
-    for script, *options in commands:
-        print(f"\n== bench/{script} {' '.join(map(str, options))}", flush=True)
+    for number, (script, *options) in enumerate(commands, 1):
+        print(f"\n== {number}/{len(commands)}: bench/{script} {' '.join(map(str, options))}", flush=True)
         if subprocess.run([sys.executable, Path(__file__).with_name(script), *options]).returncode:
             failed.append(script)
     if failed:

@@ -28,6 +28,7 @@ except ImportError:
     sys.exit("bench/figures.py needs matplotlib: pip install -e '.[bench]'")
 
 YARDSTICK = "cuBLAS fp16, float32 output"
+LONG_LABEL = 60  # characters
 POWER_LIMIT_MS = 0.491  # three fp16 products of the reference shape: docs/OPTIMIZATIONS.md, section 3
 # Each to be read on white and on GitHub's dark background: no background is drawn.
 TEXT, GRID, BLUE, ORANGE, GREEN = "#7d8590", "#7d859040", "#2f81f7", "#d4651a", "#269642"
@@ -52,10 +53,20 @@ STYLE = {
 
 def name_of(row):
     text = label(row).removesuffix(" *").replace(", float32 output", "")
-    text = text.removesuffix(", fused epilogue") + (" (bare GEMM)" if row["error_of"] == "product" else "")
-    if row["dtype"] != "float32":
-        return f"{text}, {row['dtype']}"
-    return text if row["precision"] == "highest" else f"{text}, '{row['precision']}'"
+    return text.removesuffix(", fused epilogue") + (" (bare GEMM)" if row["error_of"] == "product" else "")
+
+
+def name_of_group(rows):
+    """The names, those of one precision together, in two lines where one would be too long."""
+    names = {}
+    for row in rows:
+        precision = f"'{row['precision']}'" if row["dtype"] == "float32" else row["dtype"]
+        names.setdefault("" if precision == "'highest'" else f", {precision}", []).append(name_of(row))
+    for suffix, of in names.items():
+        of[-1] += suffix
+    names = [name for of in names.values() for name in of]
+    half = (len(names) + 1) // 2 if sum(map(len, names)) > LONG_LABEL else len(names)
+    return ",\n".join(", ".join(part) for part in (names[:half], names[half:]) if part)
 
 
 def beside(axes, text, x, y, color, left=False, gap=9, **style):
@@ -64,13 +75,16 @@ def beside(axes, text, x, y, color, left=False, gap=9, **style):
 
 
 def place_labels(axes, labels):
-    """labels: [(text, x, y, style)], placed beside their points where they overlap neither one another nor a point."""
+    """labels: [(text, x, y, style)], placed beside their points: where they overlap neither one another nor a point,
+    as long as such a place is found.
+    """
     figure = axes.figure
     figure.set_canvas(FigureCanvasAgg(figure))
     figure.draw_without_rendering()  # the axes have their place from here on
     renderer = figure.canvas.get_renderer()
     taken = [Bbox.from_bounds(*(axes.transData.transform((x, y)) - 5), 10, 10) for _, x, y, _ in labels]
-    sides = [(dx, dy, side) for dy in (0, 11, -11, 22, -22, 33, -33) for dx, side in ((9, "left"), (-9, "right"))]
+    heights = 0, 11, -11, 22, -22, 33, -33, 44, -44, 55, -55
+    sides = [(dx, dy, side) for dy in heights for dx, side in ((9, "left"), (-9, "right"))]
     for text, x, y, style in labels:
         for dx, dy, side in sides:
             place = {"xytext": (dx, dy), "textcoords": "offset points", "ha": side, "va": "center"}
@@ -82,7 +96,8 @@ def place_labels(axes, labels):
             if inside and not any(box.overlaps(other) for other in taken):
                 taken.append(box)
                 break
-            written.remove()
+            if (dx, dy, side) != sides[-1]:
+                written.remove()
 
 
 def groups(rows):
@@ -107,8 +122,7 @@ def compared(results):
         row
         for row in rows
         if (row["section"], row["precision"]) == ("time", "highest")
-        or row["name"] in ("eager", "torch.compile", "ModelNew")
-        or row["name"].startswith("Triton")
+        or row["name"].startswith(("eager", "torch.compile", "ModelNew", "Triton", "JAX"))
     ]
 
 
@@ -123,10 +137,10 @@ def error_against_time(rows):
         axes.plot(*points, "D" if ours else "o", ms=9 if ours else 6.5, color=color, mfc="none" if bare else color)
         ms, error = (min(values) for values in points)
         style = {"color": color, "weight": "bold" if ours else "normal"}
-        labels.append((", ".join(dict.fromkeys(map(name_of, group))), ms, error, style))
-    axes.set_xlim(0.08, 3.5)
+        labels.append((name_of_group(group), ms, error, style))
+    axes.set_xlim(0.08, max(3.5, 1.2 * max(row["ms"] for row in rows)))
     axes.set_ylim(3e-8, 1e-2)
-    ticks = (0.1, 0.2, 0.3, 0.5, 1, 2, 3)
+    ticks = (0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5, 10)
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter(lambda value, _: f"1e{round(math.log10(value))}")

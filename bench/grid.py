@@ -32,7 +32,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.reference import SCALE, row, spread
+from bench.reference import SCALE, draw_bar, row, spread
 from bench.tables import SLOWER, grid_panels, results_path
 from model_new import Model, ModelNew, _environment, errors_against_float64, l2_flush, select_kernel
 
@@ -278,14 +278,10 @@ def wrong(precision, measured):
 
 
 def show_progress(done, cell, todo, seconds):
-    """One line on stderr: redrawn where that is a terminal, otherwise printed after each K, N. `cell` was the last."""
+    """A bar on stderr where that is a terminal, otherwise a line after each K, N. `cell` was the last."""
     precision, m, k, n = cell
-    last = done == len(todo)
-    if sys.stderr.isatty():
-        bar = "#" * (40 * done // len(todo))
-        text = f"[{bar:.<40}] {done}/{len(todo)} cells, {seconds:.0f} s, {precision} {m}, {k}, {n}"
-        print(f"\r{text[:110]:110}", end="\n" if last else "", file=sys.stderr, flush=True)
-    elif last or todo[done][2:] != (k, n):
+    drawn = draw_bar(done, len(todo), f"cells, {seconds:.0f} s, {precision} {m}, {k}, {n}")
+    if not drawn and (done == len(todo) or todo[done][2:] != (k, n)):
         print(f"K, N = {k}, {n}: {done}/{len(todo)} cells, {seconds:.0f} s", file=sys.stderr, flush=True)
 
 

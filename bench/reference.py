@@ -4,12 +4,15 @@
     python bench/reference.py --sections time,host    some of it
     python bench/reference.py --help
 
-Needs a CUDA device. What is compared is timed in one run, in turns. Writes bench/results/<gpu>.json: a list of rows.
+Needs a CUDA device. JAX is a rival where it is installed. What is compared is timed in one run, in turns. Writes
+bench/results/<gpu>.json: a list of rows.
 """
 
 import argparse
 import functools
+import importlib.util
 import json
+import os
 import re
 import statistics
 import sys
@@ -30,9 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import model_new
 from bench.tables import some_of
-from model_new import Model, ModelNew, errors_against_float64, l2_flush, linear_sigmoid_residual, select_kernel
+from model_new import Model, ModelNew, errors_against_float64, linear_sigmoid_residual, select_kernel, times_in_turns
 
 SCALE = model_new.scaling_factor
+DEVICE = "cuda"
 WARM_UP_SECONDS = 1.0  # of the timed work itself, so that clocks and power have settled
 HOST_SHAPE = 8, 32, 16  # M, K, N: kernels shorter than their launches
 HOST_BLOCK = 50  # calls between two synchronizations: with backward under 1000 launches, which the queue holds
@@ -98,30 +102,78 @@ def triton_layer(x, weight, bias, scale, input_precision):
 TRITON_PRECISIONS = {"highest": ("tf32x3", "bf16x3", "bf16x6"), "high": ("tf32",), "medium": ("tf32",)}
 
 
+# ------------------------------------------------------------------------------------------ the rival: JAX, XLA
+
+# {torch.set_float32_matmul_precision: {name: a jax.lax.DotAlgorithmPreset}}
+JAX_PRESETS = {
+    "highest": {
+        "F32": "F32_F32_F32",
+        "TF32x3": "TF32_TF32_F32_X3",
+        "BF16x6": "BF16_BF16_F32_X6",
+        "BF16x9": "BF16_BF16_F32_X9",
+    },
+    "high": {"TF32": "TF32_TF32_F32"},
+    "medium": {"TF32": "TF32_TF32_F32"},
+}
+JAX_BLOCK = 10  # calls between two waits, so that a wait costs each call little
+
+
+class JaxLayer:
+    """The layer on PyTorch's tensors, compiled by XLA at the first call; preset: of jax.lax.DotAlgorithmPreset.
+
+    JAX runs on a stream of its own, which neither PyTorch's events nor its flushes of the L2 cache wait for. So it is
+    timed by the wall clock, `JAX_BLOCK` calls back to back. The cache is not flushed, which matters little on the
+    reference shape: W is 268 MB, the cache 50 MB.
+    """
+
+    TIMING = "wall clock, calls back to back"
+
+    def __init__(self, preset, x, weight, bias):
+        self.preset, self.tensors = preset, (x, weight, bias)
+
+    @functools.cached_property
+    def call(self):
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # or JAX takes three quarters of the GPU's memory
+        import jax
+
+        algorithm = jax.lax.DotAlgorithmPreset[self.preset]
+
+        @jax.jit
+        def layer(x, weight, bias):
+            z = jax.numpy.dot(x, weight.T, precision=algorithm) + bias
+            return z + SCALE * jax.nn.sigmoid(z)
+
+        return functools.partial(layer, *(jax.dlpack.from_dlpack(t.detach()) for t in self.tensors))
+
+    def __call__(self):
+        return torch.from_dlpack(self.call().block_until_ready())
+
+    def block(self):
+        for _ in range(JAX_BLOCK):
+            out = self.call()
+        out.block_until_ready()
+
+
+def jax_layers(precision, x, weight, bias):
+    """{name: JaxLayer} for each preset of this precision; none where JAX is not installed."""
+    if importlib.util.find_spec("jax") is None:
+        return {}
+    presets = JAX_PRESETS[precision]
+    return {f"JAX {name}": JaxLayer(preset, x, weight, bias) for name, preset in presets.items()}
+
+
 # ------------------------------------------------------------------------------------------------- measuring
 
 
-def times_in_turns(functions, repeats):
-    """{name: (median, p10, p90) in ms} of a dict of functions: CUDA events, in turns, L2 flushed before each."""
-    flush = l2_flush()
-
-    def turn():
-        events = {}
-        for name, function in functions.items():
-            flush()  # also hides the launches that follow: the GPU is busy while the host issues them
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            function()
-            end.record()
-            events[name] = start, end
-        torch.cuda.synchronize()
-        return {name: start.elapsed_time(end) for name, (start, end) in events.items()}
-
-    deadline = time.perf_counter() + WARM_UP_SECONDS
-    while time.perf_counter() < deadline:
-        turn()
-    turns = [turn() for _ in range(repeats)]
-    return {name: spread([times[name] for times in turns]) for name in functions}
+def timed(functions, repeats):
+    """{name: (median, p10, p90) in ms} of a dict of functions, in turns; JAX's after the others, in blocks."""
+    blocks = {name: function.block for name, function in functions.items() if isinstance(function, JaxLayer)}
+    others = {name: function for name, function in functions.items() if name not in blocks}
+    times = times_in_turns(others, repeats, WARM_UP_SECONDS)
+    if blocks:
+        of_blocks = times_in_turns(blocks, max(2, repeats // 3), WARM_UP_SECONDS, wall_clock=True)
+        times |= {name: [ms / JAX_BLOCK for ms in samples] for name, samples in of_blocks.items()}
+    return {name: spread(times[name]) for name in functions}
 
 
 def spread(values):
@@ -155,108 +207,174 @@ def row(arguments, section, name, shape, **values):
     }
 
 
+def draw_bar(done, total, text):
+    """A bar and what it stands at: a line on stderr, redrawn, where that is a terminal. Returns whether it is."""
+    if sys.stderr.isatty():
+        line = f"[{'#' * (40 * done // total):.<40}] {done}/{total} {text}"
+        print(f"\r{line[:110]:110}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+    return sys.stderr.isatty()
+
+
+COLUMNS = {  # a row's key: heading, width and format
+    "ms": ("ms", 8, "{:.4f}"),
+    "p10": ("p10", 8, "{:.4f}"),
+    "p90": ("p90", 8, "{:.4f}"),
+    "speedup": ("speedup", 9, "{:.2f}x"),
+    "ratio_to_fp16": ("/fp16", 7, "{:.2f}"),
+    "ratio_to_gemm": ("/GEMM", 7, "{:.2f}"),
+    "error_frobenius": ("error", 9, "{:.1e}"),
+    "error_componentwise": ("compon.", 9, "{:.1e}"),
+    "scratch_megabytes": ("scratch", 10, "{:.1f} MB"),
+}
+
+
+def print_table(rows):
+    """The rows' columns that are not null in all of them."""
+    columns = {key: how for key, how in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
+    title = "" if rows[0]["dtype"] == "float32" else rows[0]["dtype"]
+    print(f"{title:34}" + "".join(f"{heading:>{width}}" for heading, width, _ in columns.values()))
+    for row in rows:
+        label = row["name"] + (f" ({row['kernel']})" if row["kernel"] else "")
+        label += " *" * (row["error_of"] == "product") + " †" * ("timing" in row)
+        cells = (
+            f"{'–' if row.get(key) is None else text.format(row[key]):>{width}}"
+            for key, (_, width, text) in columns.items()
+        )
+        print(f"{label:34}" + "".join(cells))
+
+
+def compare(arguments, section, candidates, check, kernel, yardstick=None, repeats=None, dtype="float32"):
+    """The rows of the candidates, {name: function}, which are checked, then timed in turns, and printed.
+
+    check(name, function): what a row says besides the times, from calling the function. kernel: that serves ModelNew.
+    yardstick: (key of a row, name of the candidate) for the ratio to that candidate's time.
+    """
+    total = len(candidates) + 1
+    functions, values, failures = {}, {}, []
+    for done, (name, function) in enumerate(candidates.items()):
+        draw_bar(done, total, f"{section}, {dtype}: {name}")
+        try:
+            values[name] = check(name, function)
+        except Exception as error:  # a rival that fails here must not take the other rows with it
+            if name in ("eager", "ModelNew"):
+                raise
+            failures.append(f"{name}: not run, {' '.join(repr(error).split())[:200]}")
+        else:
+            functions[name] = function
+    draw_bar(total - 1, total, f"{section}, {dtype}: timing")
+    times = timed(functions, repeats or arguments.repeats)
+    draw_bar(total, total, f"{section}, {dtype}")
+    rows = []
+    for name, (ms, p10, p90) in times.items():
+        found = {"dtype": dtype, "ms": ms, "p10": p10, "p90": p90, "speedup": times["eager"][0] / ms}
+        if yardstick:
+            key, other = yardstick
+            found[key] = ms / times[other][0] if other in times else None
+        found |= values[name] | {"kernel": kernel if name == "ModelNew" else None}
+        rows.append(row(arguments, section, name, arguments.shape, **found))
+    print(*failures, sep="\n", end="\n" * bool(failures))
+    print_table(rows)
+    return rows
+
+
 # ------------------------------------------------------------------------------------------------------- time
 
 YARDSTICK = "cuBLAS fp16, float32 output"
-BARE_GEMMS = {"cuBLAS SGEMM", YARDSTICK}
+BARE_GEMMS = {"cuBLAS SGEMM", "cuBLAS GEMM", YARDSTICK}
+
+
+def problem(shape, dtype=torch.float32):
+    """Model, ModelNew with the same parameters, and x."""
+    rows, k, n = shape
+    models = []
+    for kind in (Model, ModelNew):
+        torch.manual_seed(0)
+        models.append(kind(k, n, SCALE).to(DEVICE, dtype))
+    return *models, torch.rand(rows, k, device=DEVICE).to(dtype)
+
+
+def pytorch_layers(eager, x):
+    """{name: function}: the layer as PyTorch has it, compiled, and as a GEMM and the epilogue kernel.
+
+    "library + epilogue" is also cuBLASLt with its fused bias. nn.functional.linear is torch.addmm(bias, x, Wᵀ), which
+    calls cublasLtMatmul with the bias as its epilogue, in all four dtypes, where bias has one dimension, out is
+    contiguous and no size is 1 (PyTorch's aten/src/ATen/native/cuda/Blas.cpp: isInputCompliesAddmmCudaLt and
+    addmm_out_cuda_impl). torch.backends.cuda.preferred_blas_library("cublaslt") changes nothing there. Its
+    documentation lets one expect it to ("will be used wherever possible"), but only GEMMs without a fused bias ask for
+    it: in libtorch_cuda.so of 2.11.0+cu130, addmm_out_cuda_impl and gemm_and_bias do not call blasPreferredBackend,
+    gemm_internal and bgemm_internal do. A change to that (pytorch#172340) was backed out (pytorch#180702).
+    """
+    weight, bias = eager.gemm.weight, eager.gemm.bias
+    torch.compiler.reset()  # eight compilations of one function, and torch.compile leaves it to eager from then on
+    compiled = torch.compile(eager)
+    autotuned = torch.compile(eager, mode="max-autotune-no-cudagraphs")  # without graphs: to be timed like the others
+    return {
+        "eager": lambda: eager(x),
+        "torch.compile": lambda: compiled(x),
+        "torch.compile, max-autotune": lambda: autotuned(x),
+        "library + epilogue": lambda: model_new._library_cuda(x, weight, bias, SCALE),  # whatever kernel is selected
+    }
+
+
+def errors_of(name, out, x, weight, bias):
+    """What a row says of a candidate's errors."""
+    bare = name in BARE_GEMMS
+    layer = (torch.zeros_like(bias), 0.0) if bare else (bias, SCALE)
+    frobenius, componentwise = errors_against_float64({name: out}, x, weight, *layer)[name]
+    found = {"error_frobenius": frobenius, "error_componentwise": componentwise}
+    return found | {"error_of": "product" if bare else "out"}
 
 
 def time_section(arguments):
     """The layer and its rivals; * marks bare GEMMs, whose error is that of x·Wᵀ alone."""
-    rows, k, n = arguments.shape
-    models = []
-    for kind in (Model, ModelNew):
-        torch.manual_seed(0)
-        models.append(kind(k, n, SCALE).cuda())
-    eager, new = models
+    eager, new, x = problem(arguments.shape)
     weight, bias = new.gemm.weight, new.gemm.bias
-    x = torch.rand(rows, k, device="cuda")
-    x_half, weight_half, product = x.half(), weight.half(), x.new_empty(rows, n)
-    compiled = torch.compile(eager)
-    kernel = select_kernel(x, weight, bias)
+    x_half, weight_half, product = x.half(), weight.half(), x.new_empty(len(x), len(weight))
     candidates = {
-        "eager": lambda: eager(x),
-        "torch.compile": lambda: compiled(x),
-        "library + epilogue": lambda: model_new._library_cuda(x, weight, bias, SCALE),  # whatever kernel is selected
+        **pytorch_layers(eager, x),
         **{
             f"Triton {kind}, fused epilogue": lambda kind=kind: triton_layer(x, weight, bias, SCALE, kind)
             for kind in TRITON_PRECISIONS[arguments.precision]
         },
+        **jax_layers(arguments.precision, x, weight, bias),
         "ModelNew": lambda: new(x),
         "cuBLAS SGEMM": lambda: torch.mm(x, weight.t(), out=product),
         YARDSTICK: lambda: torch.mm(x_half, weight_half.t(), out_dtype=torch.float32),
     }
-    functions, errors, scratch = {}, {}, {}
-    no_bias = torch.zeros_like(bias)
-    for name, function in candidates.items():
-        try:
-            out = function()
-        except Exception as error:  # a rival that fails here must not take the other rows with it
-            if name in ("eager", "ModelNew"):
-                raise
-            print(f"{name}: not run, {' '.join(repr(error).split())[:200]}")
-            continue
-        functions[name] = function
-        layer = (no_bias, 0.0) if name in BARE_GEMMS else (bias, SCALE)
-        errors |= errors_against_float64({name: out}, x, weight, *layer)
-        del out
-        scratch[name] = scratch_megabytes(function)
-    times = times_in_turns(functions, arguments.repeats)
-    yardstick = times.get(YARDSTICK, (float("nan"),))[0]
 
-    print(f"{'':31}{'ms':>8}{'p10':>8}{'p90':>8}{'speedup':>9}{'/fp16':>7}{'error':>9}{'compon.':>9}{'scratch':>9}")
-    results = []
-    for name, (ms, p10, p90) in times.items():
-        speedup, ratio = times["eager"][0] / ms, ms / yardstick
-        label = f"{name} ({kernel})" if name == "ModelNew" else name + " *" * (name in BARE_GEMMS)
-        print(
-            f"{label:31}{ms:8.4f}{p10:8.4f}{p90:8.4f}{speedup:8.2f}x{ratio:7.2f}{errors[name][0]:9.1e}"
-            f"{errors[name][1]:9.1e}{scratch[name]:6.1f} MB"
-        )
-        values = {"ms": ms, "p10": p10, "p90": p90, "speedup": speedup, "ratio_to_fp16": ratio if ratio > 0 else None}
-        values |= {"error_frobenius": errors[name][0], "error_componentwise": errors[name][1]}
-        values |= {"error_of": "product" if name in BARE_GEMMS else "out", "scratch_megabytes": scratch[name]}
-        values["kernel"] = kernel if name == "ModelNew" else None
-        results.append(row(arguments, "time", name, arguments.shape, **values))
+    def check(name, function):
+        found = errors_of(name, function(), x, weight, bias)
+        if isinstance(function, JaxLayer):  # its memory is not PyTorch's
+            return found | {"scratch_megabytes": None, "timing": function.TIMING}
+        return found | {"scratch_megabytes": scratch_megabytes(function)}
+
+    kernel = select_kernel(x, weight, bias)
+    rows = compare(arguments, "time", candidates, check, kernel, yardstick=("ratio_to_fp16", YARDSTICK))
     print("error: Frobenius; compon.: max |err|/(|x|·|W|ᵀ+|b|+s); both against float64")
-    return results, True
+    if any("timing" in row for row in rows):
+        print(f"† {JaxLayer.TIMING} ({JAX_BLOCK}), L2 not flushed: W alone is {weight.nbytes / 1e6:.0f} MB")
+    return rows, True
 
 
 def time_16bit_section(arguments):
     """float16 and bfloat16: the layer and its rivals; * marks the bare GEMM, whose error is that of x·Wᵀ alone."""
-    rows, k, n = arguments.shape
-    print(f"{'':31}{'ms':>8}{'p10':>8}{'p90':>8}{'speedup':>9}{'/GEMM':>7}{'error':>9}{'compon.':>9}")
-    results = []
-    for dtype in (torch.float16, torch.bfloat16):
-        eager, new = Model(k, n, SCALE).cuda().to(dtype), ModelNew(k, n, SCALE).cuda().to(dtype)
-        new.load_state_dict(eager.state_dict())
-        weight, bias = new.gemm.weight, new.gemm.bias
-        x, compiled = torch.rand(rows, k, device="cuda").to(dtype), torch.compile(eager)
-        kernel, gemm = select_kernel(x, weight, bias), "cuBLAS GEMM"
-        functions = {
-            "eager": lambda eager=eager, x=x: eager(x),
-            "torch.compile": lambda compiled=compiled, x=x: compiled(x),
-            "library + epilogue": lambda x=x, w=weight, b=bias: model_new._library_cuda(x, w, b, SCALE),
-            "ModelNew": lambda new=new, x=x: new(x),
-            gemm: lambda x=x, w=weight: torch.mm(x, w.t()),
-        }
-        errors = {}
-        for name, function in functions.items():
-            layer = (torch.zeros_like(bias), 0.0) if name == gemm else (bias, SCALE)
-            errors |= errors_against_float64({name: function()}, x, weight, *layer)
-        times = times_in_turns(functions, arguments.repeats)
-        short = str(dtype).removeprefix("torch.")
-        for name, (ms, p10, p90) in times.items():
-            speedup, ratio = times["eager"][0] / ms, ms / times[gemm][0]
-            label = f"{short}: {name}" + (f" ({kernel})" if name == "ModelNew" else " *" * (name == gemm))
-            print(f"{label:31}{ms:8.4f}{p10:8.4f}{p90:8.4f}{speedup:8.2f}x{ratio:7.2f}", end="")
-            print("".join(f"{error:9.1e}" for error in errors[name]))
-            values = {"dtype": short, "ms": ms, "p10": p10, "p90": p90, "speedup": speedup, "ratio_to_gemm": ratio}
-            values |= {"error_frobenius": errors[name][0], "error_componentwise": errors[name][1]}
-            values |= {"error_of": "product" if name == gemm else "out"}
-            values["kernel"] = kernel if name == "ModelNew" else None
-            results.append(row(arguments, "time-16bit", name, arguments.shape, **values))
-    return results, True
+    return [row for dtype in ("float16", "bfloat16") for row in time_16bit(arguments, dtype)], True
+
+
+def time_16bit(arguments, dtype):
+    eager, new, x = problem(arguments.shape, getattr(torch, dtype))
+    weight, bias = new.gemm.weight, new.gemm.bias
+    candidates = {
+        **pytorch_layers(eager, x),
+        "ModelNew": lambda: new(x),
+        "cuBLAS GEMM": lambda: torch.mm(x, weight.t()),
+    }
+
+    def check(name, function):
+        return errors_of(name, function(), x, weight, bias)
+
+    kernel, yardstick = select_kernel(x, weight, bias), ("ratio_to_gemm", "cuBLAS GEMM")
+    return compare(arguments, "time-16bit", candidates, check, kernel, yardstick, dtype=dtype)
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -265,32 +383,23 @@ def time_16bit_section(arguments):
 @torch.enable_grad()
 def training_section(arguments):
     """Forward and backward, gradients of x, W and b; error: Frobenius, of W's gradient against float64."""
-    rows, k, n = arguments.shape
-    eager, new = Model(k, n, SCALE).cuda(), ModelNew(k, n, SCALE).cuda()
-    new.load_state_dict(eager.state_dict())
-    x, grad = torch.rand(rows, k, device="cuda", requires_grad=True), torch.randn(rows, n, device="cuda")
+    eager, new, x = problem(arguments.shape)
+    weight, bias = (parameter.detach().double() for parameter in new.parameters())
+    p = torch.sigmoid(nn.functional.linear(x.double(), weight, bias))
+    grad = torch.randn(p.shape, device=DEVICE)
+    exact = (grad * (1 + SCALE * p * (1 - p))).t() @ x.double()
+    x.requires_grad_()
 
     def step(layer):
         return torch.autograd.grad(layer(x), (x, *layer.parameters()), grad)
 
-    weight, bias = (p.detach().double() for p in new.parameters())
-    p = torch.sigmoid(nn.functional.linear(x.detach().double(), weight, bias))
-    exact = (grad * (1 + SCALE * p * (1 - p))).t() @ x.detach().double()
-    functions = {"eager": lambda: step(eager), "ModelNew": lambda: step(new)}
-    errors = {name: ((f()[1] - exact).norm() / exact.norm()).item() for name, f in functions.items()}
-    times = times_in_turns(functions, max(2, arguments.repeats // 3))
-    print(f"{'':31}{'ms':>8}{'p10':>8}{'p90':>8}{'speedup':>9}{'error':>9}")
-    results = []
-    for name, (ms, p10, p90) in times.items():
-        speedup = times["eager"][0] / ms
-        print(f"{name:31}{ms:8.4f}{p10:8.4f}{p90:8.4f}{speedup:8.2f}x{errors[name]:9.1e}")
-        values = {"ms": ms, "p10": p10, "p90": p90, "speedup": speedup, "error_frobenius": errors[name]}
-        values |= {
-            "error_of": "gradient of W",
-            "kernel": select_kernel(x, *new.parameters()) if name != "eager" else None,
-        }
-        results.append(row(arguments, "training", name, arguments.shape, **values))
-    return results, True
+    def check(name, function):
+        error = ((function()[1] - exact).norm() / exact.norm()).item()
+        return {"error_frobenius": error, "error_of": "gradient of W"}
+
+    candidates = {"eager": lambda: step(eager), "ModelNew": lambda: step(new)}
+    kernel, repeats = select_kernel(x, *new.parameters()), max(2, arguments.repeats // 3)
+    return compare(arguments, "training", candidates, check, kernel, repeats=repeats), True
 
 
 # --------------------------------------------------------------------------------------------------- accuracy
@@ -437,7 +546,7 @@ def epilogue_section(arguments):
             lambda: torch.ops.linear_sigmoid_residual.backward_z(grad, z, SCALE),
         ),
     }
-    times = times_in_turns({name: function for name, (_, function) in functions.items()}, arguments.repeats)
+    times = timed({name: function for name, (_, function) in functions.items()}, arguments.repeats)
     rates = {name: functions[name][0] / ms / 1e6 for name, (ms, _, _) in times.items()}
     print(f"{'':31}{'ms':>8}{'p10':>8}{'p90':>8}{'GB/s':>8}{'of copy':>9}{'of big copy':>13}")
     results = []
@@ -556,7 +665,7 @@ def main(argv=None):
     results, status = [], 0
     for name in arguments.sections:
         start = time.perf_counter()
-        print(f"\n[{name}] {SECTIONS[name].__doc__}")
+        print(f"\n[{name}] {SECTIONS[name].__doc__}", flush=True)
         try:
             section_results, good = SECTIONS[name](arguments)
         except Exception:  # the other sections still stand, and so does the file

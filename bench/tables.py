@@ -19,6 +19,7 @@ FILES = ("README.md", "docs/OPTIMIZATIONS.md")
 SLOWER = 1.02  # times eager's time: a cell of the grid to be marked
 WHERE = "{gpu}, torch {torch}, M, K, N = {shape}, {dtype}, '{precision}'"
 LABELS = {
+    "torch.compile, max-autotune": "torch.compile (max-autotune)",
     "library + epilogue": "cuBLAS SGEMM + fused epilogue",
     "cuBLAS SGEMM": "cuBLAS SGEMM alone *",
     "cuBLAS fp16, float32 output": "yardstick: cuBLAS fp16 GEMM, float32 output *",
@@ -63,7 +64,7 @@ def label(row):
 def times(rows, full):
     body = []
     for row in rows:
-        cells = [label(row)]
+        cells = [label(row) + " †" * bool(row.get("timing"))]
         cells += [f"{row[key]:.3f}" for key in (("ms", "p10", "p90") if full else ("ms",))] + [f"{row['speedup']:.2f}×"]
         cells += [f"{row['ratio_to_fp16']:.2f}"] if full else []
         cells += [error(row["error_frobenius"]), error(row["error_componentwise"])]
@@ -73,6 +74,8 @@ def times(rows, full):
     header += ["error, Frobenius", "componentwise"]
     note = f"{WHERE.format(**rows[0])}; medians with the L2 cache flushed, timed in turns. Errors against float64: "
     note += "Frobenius norm, and max error / (abs(x)·abs(W)ᵀ + abs(b) + s). * A bare GEMM: its product's error."
+    timing = next((row["timing"] for row in rows if row.get("timing")), None)
+    note += f" † By the {timing}, the cache not flushed." if timing else ""
     return f"{table(header, body)}\n\n{note}"
 
 

@@ -57,6 +57,38 @@ def test_the_figures_name_what_was_measured(tmp_path):
 
 
 @needs_results
+def test_no_rival_is_left_out(tmp_path, results):
+    """However close together they are, and however slow."""
+    pytest.importorskip("matplotlib")
+    rows = json.loads(results.read_text(encoding="utf-8"))
+    rows = [row for row in rows if not row["name"].startswith("JAX") and "max-autotune" not in row["name"]]
+    timed = {row["name"]: row for row in rows if row["section"] == "time"}
+    sixteen = [row for row in rows if row["section"] == "time-16bit" and row["name"] == "torch.compile"]
+    rows = [*timed.values(), *sixteen]
+    rows += [row | {"name": "torch.compile, max-autotune"} for row in (timed["torch.compile"], *sixteen)]
+    eager, triton = timed["eager"], timed["Triton tf32x3, fused epilogue"]
+    for name, row, slower in (
+        ("F32", eager, 1.01),
+        ("TF32x3", triton, 1.2),
+        ("BF16x6", triton, 0.85),
+        ("BF16x9", triton, 2.5),
+        ("of the future", triton, 8.0),
+    ):
+        rows.append(row | {"name": f"JAX {name}", "ms": slower * row["ms"]})
+    results.write_text(json.dumps(rows), encoding="utf-8")
+    high = [row | {"precision": "high"} for row in rows if row["name"] in ("eager", "JAX BF16x9", "library + epilogue")]
+    results.with_name("results-high.json").write_text(json.dumps(high), encoding="utf-8")
+    text = text_of(draw(tmp_path / "drawn", results)["error-against-time.svg"])
+    assert "torch.compile, torch.compile (max-autotune), bfloat16" in text
+    assert "torch.compile (max-autotune), JAX F32" in text and "cuBLAS SGEMM + fused epilogue" in text
+    for name in ("TF32x3", "BF16x6", "BF16x9", "of the future"):
+        assert f"JAX {name}" in text
+    for name in ("Triton tf32x3", "Triton bf16x3", "Triton bf16x6", "ModelNew (fp16x3)", "cuBLAS SGEMM alone"):
+        assert name in text
+    assert "eager, 'high'" in text and "JAX BF16x9, 'high'" in text and "fused epilogue, 'high'" not in text
+
+
+@needs_results
 def test_the_grid_shows_each_cell(tmp_path, results):
     pytest.importorskip("matplotlib")
     drawn, again = draw(tmp_path / "once", results), draw(tmp_path / "again", results)

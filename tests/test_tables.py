@@ -112,6 +112,22 @@ def test_writes_what_it_checks_and_nothing_else(copy):
         assert old.rpartition("-->")[2] == new.rpartition("-->")[2]
 
 
+def test_rivals_timed_by_the_wall_clock_are_marked(copy):
+    """Where there are any: results recorded before there were have no such key."""
+    (copy / "README.md").write_text("<!-- results -->\n<!-- /results -->\n")
+    results = [row("time", "torch.compile, max-autotune"), row("time", "ModelNew", kernel="fp16x3", timing=None)]
+    jax = row("time", "JAX TF32x3", timing="wall clock, calls back to back")
+    texts = []
+    for rows in (results, [jax, *results]):
+        (copy / "results.json").write_text(json.dumps(rows))
+        assert run(copy, "--results", str(copy / "results.json")).returncode == 0
+        texts.append((copy / "README.md").read_text(encoding="utf-8"))
+        assert "| torch.compile (max-autotune) | 0.012 |" in texts[-1] and "| **ModelNew (fp16x3)** |" in texts[-1]
+    assert "†" not in texts[0] and texts[1].count("†") == 2
+    assert "| JAX TF32x3 † | 0.012 | 77.70× |" in texts[1]
+    assert texts[1].endswith(" † By the wall clock, calls back to back, the cache not flushed.\n<!-- /results -->\n")
+
+
 def test_says_so_where_nothing_was_measured(copy):
     result = run(copy)
     assert result.returncode == 2 and "bench/reference.py" in result.stderr
