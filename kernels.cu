@@ -405,21 +405,22 @@ __device__ __forceinline__ uint32_t mapa(uint32_t address, uint32_t block) {
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(block));
   return remote;
 }
-__device__ __forceinline__ float ld_shared_cluster(uint32_t address) {
-  float v;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(address));
-  return v;
-}
-__device__ __forceinline__ void st_shared(uint32_t address, float v) {
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
+// Stores four floats in another block of the cluster and counts their bytes on the barrier there.
+__device__ __forceinline__ void st_async_v4(uint32_t to, const float* v, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+               "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier)
+               : "memory");
 }
 // v itself, of which the compiler knows nothing.
 __device__ __forceinline__ uint32_t opaque(uint32_t v) {
   asm volatile("mov.b32 %0, %0;" : "+r"(v));
   return v;
 }
-__device__ __forceinline__ void barrier_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
+__device__ __forceinline__ void barrier_cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void barrier_cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 // Until the kernel before this one in the stream has finished and its writes are visible.
 __device__ __forceinline__ void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
@@ -488,8 +489,9 @@ constexpr int kTileN = 128, kTileK = 64;
 constexpr int kMaxRows = 256;  // of any tile
 constexpr int kConsumerWarpgroups = kTileN / 64;
 constexpr int kThreads = 128 * (1 + kConsumerWarpgroups);
-[[maybe_unused]] constexpr int kConsumerThreads = 128 * kConsumerWarpgroups;
+constexpr int kConsumerThreads = 128 * kConsumerWarpgroups;
 [[maybe_unused]] constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
+constexpr int kMaxSplits = 4;       // blocks that share a tile
 constexpr int kMaxShared = 232448;  // bytes of a Hopper block
 
 // What a block computes, and how. Element: of x, W, bias and out.
@@ -512,14 +514,17 @@ template <Operands kOperands_, typename Element_, int kRows_, bool kSplitK_, boo
   static constexpr int kWBoxRows = kTransposedW ? kTileK : kTileN;
   static constexpr int kWStageBytes = kTileN * kTileK * int(sizeof(WElement));
   static constexpr int kWBoxes = kWStageBytes / (kWBoxRows * 128);
+  // Measured: with 128 rows that split K turns cost 2 to 4 %, everywhere else they gain.
+  static constexpr bool kTakesTurns = kOperands == Operands::kSplit && !(kSplitK && kRows == 128);
   static constexpr int kColumnStep = kTransposedW ? 1 : 8;   // between the two columns of out that a thread has
   static constexpr int kXPartBytes = kPanelM * kTileK * 2;   // half or Element [kPanelM][kTileK]
   static constexpr int kXStageBytes = kParts * kXPartBytes;  // one panel
-  static constexpr int kSumBytes = kSplitK ? kRows * kTileN * 4 : 0;  // float [kRows / 2][kConsumerThreads]
-  static constexpr int kRoom = kMaxShared - kSumBytes - 1024;         // 1024: for barriers, and for alignment
+  // What blocks that share a tile send each other: float [groups of 8 rows][kConsumerThreads][4], see the epilogue.
+  static constexpr int kSumBytes = kSplitK ? (kRows / 8 + kMaxSplits - 1) * 16 * kConsumerThreads : 0;
+  static constexpr int kRoom = kMaxShared - kSumBytes - 1024;  // 1024: for barriers, and for alignment
   static constexpr int kXStages = kPanels * std::min(12, kRoom / (kWStageBytes + kPanels * kXStageBytes));
   static constexpr int kWStages = std::min(12, (kRoom - kXStages * kXStageBytes) / kWStageBytes);
-  static constexpr int kBarrierBytes = 2 * (kWStages + kXStages) * 8;
+  static constexpr int kBarrierBytes = (2 * (kWStages + kXStages) + 1) * 8;
   static constexpr int kSharedBytes = kWStages * kWStageBytes + kXStages * kXStageBytes + kSumBytes + kBarrierBytes;
   // The compiler gives every thread 168 registers, the most that the register file allows for so many threads; what the
   // producers' warpgroup lets go of goes to the consumers.
@@ -580,7 +585,7 @@ struct SplitRows {
   }
 };
 
-constexpr int kSplitThreads = 256;
+constexpr int kSplitThreads = 512;
 
 // Four numbers of a row of k, zeros behind. is_aligned: the row begins at a multiple of 16 bytes and k is one of 4.
 __device__ __forceinline__ float4 load_four(const float* row, int at, int k, bool is_aligned) {
@@ -589,7 +594,7 @@ __device__ __forceinline__ float4 load_four(const float* row, int at, int k, boo
           at + 3 < k ? row[at + 3] : 0};
 }
 
-// One block for each row of x [m, k] with row stride x_stride, and for the rows missing to a multiple of kMaxRows.
+// One block for each row of x [m, k] with row stride x_stride, and for the rows missing to whole tiles.
 // kParts: 2 for hi and lo, 1 for hi. kHasOutliers: whether they are set apart, as rows of x allow. is_in_order: k keeps
 // its order, for a transposed W.
 template <int kParts, bool kHasOutliers>
@@ -605,7 +610,7 @@ __global__ void __launch_bounds__(kSplitThreads)
   const float* row = x + blockIdx.x * x_stride;
   auto load4 = [&](int at) { return load_four(row, at, k, is_aligned); };
   constexpr int kStride = kSplitThreads * 4;
-  constexpr int kHeld = 8;  // float4 a thread keeps between its sweeps over the row: all of it up to K = 8192
+  constexpr int kHeld = 2048 / kSplitThreads;  // float4 a thread keeps between its sweeps: all of them up to K = 8192
   float4 held[kHeld];
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) held[i] = load4(threadIdx.x * 4 + i * kStride);
@@ -834,13 +839,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kPanels = T::kPanels, kWStages = T::kWStages, kXStages = T::kXStages;
   extern __shared__ __align__(1024) uint8_t shared_memory[];  // the swizzle repeats every 1024 bytes
   const uint32_t w_stages = shared_address(shared_memory), x_stages = w_stages + kWStages * T::kWStageBytes;
-  const uint32_t sums = x_stages + kXStages * T::kXStageBytes;  // where blocks of a cluster read each other's
+  const uint32_t sums = x_stages + kXStages * T::kXStageBytes;  // what blocks that share a tile send this one
   const uint32_t w_full = sums + T::kSumBytes, w_empty = w_full + 8 * kWStages;
   const uint32_t x_full = w_empty + 8 * kWStages, x_empty = x_full + 8 * kXStages;
+  const uint32_t sums_full = x_empty + 8 * kXStages;
   const uint32_t rank = cluster_ctarank(), blocks = T::kSplitK ? cluster_nctarank() : T::kSharers;
   // Through a shuffle, so that the compiler knows it to be the same in the whole warp and keeps what follows from it
   // in uniform registers.
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+
+  // Where blocks share a tile: the groups of 8 rows that this one finishes.
+  constexpr int kGroups = T::kRows / 8;
+  const int groups_per_block = (kGroups + int(blocks) - 1) / int(blocks);
+  const int first_group = min(int(rank) * groups_per_block, kGroups);
+  const int last_group = min(first_group + groups_per_block, kGroups);
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < kWStages; ++i) {
@@ -851,13 +863,18 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(x_full + 8 * i, 1);
       mbarrier_init(x_empty + 8 * i, kConsumerWarps * T::kSharers);
     }
+    mbarrier_init(sums_full, 1);
     fence_mbarrier_init();
+    if (T::kSplitK)  // what every block sends this one
+      mbarrier_arrive_expect_tx(sums_full, (last_group - first_group) * int(blocks) * 16 * kConsumerThreads);
     prefetch_tensormap(&w_map);
     prefetch_tensormap(&x_map);
     prefetch_tensormap(&x_lo_map);
   }
   __syncthreads();
-  if (!T::kSplitK) barrier_cluster();  // before anything of another block's is touched
+  // Before anything of another block's is touched; where they share a tile that is at its end.
+  barrier_cluster_arrive();
+  if (!T::kSplitK) barrier_cluster_wait();
 
   // This block's part of k, in blocks of 64.
   const int all_blocks = (args.k + kTileK - 1) / kTileK;
@@ -909,7 +926,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
     __syncwarp();  // the other lanes have waited here
-    if (T::kSplitK) barrier_cluster();
+    if (T::kSplitK) barrier_cluster_wait();
   } else {  // ------------------------------------------------------------------- consumers
     setmaxnreg_inc<T::kConsumerRegisters>();
     griddepcontrol_wait();  // for inverse_scale
@@ -987,7 +1004,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     // The two warpgroups take turns to begin a panel: while one is between two, with nothing in the tensor cores, the
     // other is not.
     const int my_turn = 1 + consumer, other_turn = 2 - consumer;
-    if (T::kOperands == Operands::kSplit && consumer == 1) bar_arrive(other_turn, kConsumerThreads);
+    auto await_turn = [&] {
+      if (T::kTakesTurns) bar_sync(my_turn, kConsumerThreads);
+    };
+    auto give_turn = [&] {
+      if (T::kTakesTurns) bar_arrive(other_turn, kConsumerThreads);
+    };
+    if (consumer == 1) give_turn();
 
     // Tiles of one panel: a block of W, entered with its scale known and step 0 split. While the tensor cores multiply
     // one step, this warp splits the next and loads the next block into the registers that become free.
@@ -996,12 +1019,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       const float scale[2] = {w.scale[0], w.scale[1]};
       wait_for_x();
       if (has_next) wait_for_w();
-      bar_sync(my_turn, kConsumerThreads);
+      await_turn();
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
         wgmma_fence();
         multiply_step(fragments[step % 2], step);
-        if (step == 2) bar_arrive(other_turn, kConsumerThreads);
+        if (step == 2) give_turn();
         if (step < 3) {
           if (step > 0) wgmma_wait_group<1>();  // the step before, which read the other fragment, is done
           split_step(fragments[(step + 1) % 2], w, step + 1);
@@ -1026,11 +1049,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       constexpr bool last = panel == 1;
       wait_for_x();
       if (last && has_next) wait_for_w();
-      bar_sync(my_turn, kConsumerThreads);
+      await_turn();
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < 4; ++step) multiply_step(w.step[step], step);
-      bar_arrive(other_turn, kConsumerThreads);
+      give_turn();
       if (last) {
         wgmma_wait_group<3>();
         if (has_next) load_w(0);
@@ -1363,36 +1386,34 @@ __global__ void __launch_bounds__(kThreads, 1)
       };
 
       if constexpr (T::kSplitK) {
-        // Every block adds up what all have for some groups of rows, in the order of k.
-        const uint32_t mine = sums + 4 * (threadIdx.x - (kThreads - kConsumerThreads));
+        // Every block adds up what all have for its groups of rows, in the order of k. So all send it theirs, as
+        // [block that sends][group of the receiver's][thread][4].
+        const uint32_t mine = sums + 16 * (threadIdx.x - (kThreads - kConsumerThreads));
+        const auto sums_of = [&](int block, int group) {
+          return mine + (block * groups_per_block + group) * (16 * kConsumerThreads);
+        };
+        barrier_cluster_wait();
 #pragma unroll
-        for (int i = 0; i < T::kRows / 2; ++i) st_shared(mine + i * (4 * kConsumerThreads), total[i]);
-        barrier_cluster();
-        constexpr int kGroups = T::kRows / 8, kBatch = kGroups < 4 ? kGroups : 4;
-        const int per_block = (kGroups + int(blocks) - 1) / int(blocks);
-        const int first = int(rank) * per_block, last = min(first + per_block, kGroups);
+        for (int group = 0; group < kGroups; ++group) {
+          const int owner = group / groups_per_block;
+          st_async_v4(mapa(sums_of(rank, group - owner * groups_per_block), owner), total + 4 * group,
+                      mapa(sums_full, owner));
+        }
+        if (first_group < last_group) mbarrier_wait(sums_full, 0);
         float check = 0;
         const bool has_outliers = T::kIsFloat && any_outliers(m0);
 #pragma unroll 1
-        for (int group = first; group < last; group += kBatch) {
-          float values[4 * kBatch] = {};
-#pragma unroll 2
-          for (uint32_t other = 0; other < blocks; ++other) {
-            float part[4 * kBatch];  // loads of a batch are in flight together; behind the last group: anything
+        for (int group = first_group; group < last_group; ++group) {
+          float values[4] = {};
 #pragma unroll
-            for (int i = 0; i < 4 * kBatch; ++i)
-              part[i] = ld_shared_cluster(
-                  mapa(mine + (4 * min(group + i / 4, kGroups - 1) + i % 4) * (4 * kConsumerThreads), other));
-#pragma unroll
-            for (int i = 0; i < 4 * kBatch; ++i) values[i] += part[i];
+          for (int block = 0; block < kMaxSplits; ++block) {
+            if (block >= int(blocks)) continue;
+            const float4 part = ld_shared_v4(sums_of(block, group - first_group));
+            values[0] += part.x, values[1] += part.y, values[2] += part.z, values[3] += part.w;
           }
-#pragma unroll
-          for (int i = 0; i < kBatch; ++i)
-            if (group + i < last)
-              finish(m0 + (group + i) * 8 + 2 * q, values + 4 * i, std::integral_constant<int, 1>(), has_outliers,
-                     check);
+          finish(m0 + group * 8 + 2 * q, values, std::integral_constant<int, 1>(), has_outliers, check);
         }
-        recompute(m0, first, last, check);
+        recompute(m0, first_group, last_group, check);
       } else if constexpr (T::kIsFloat) {
         // 128 rows after the other, in the same registers.
 #pragma unroll 1
@@ -1408,11 +1429,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         finish(m0 + 2 * q, total, std::integral_constant<int, T::kRows / 8>(), false, unused);
       }
     });
-    if (T::kOperands == Operands::kSplit && consumer == 0)
-      bar_sync(my_turn, kConsumerThreads);  // takes the last turn, so that the barrier ends as it began
+    if (consumer == 0) await_turn();  // takes the last turn, so that the barrier ends as it began
   }
-  // No block may end while another still multicasts to it, arrives on its barriers or reads its sums.
-  barrier_cluster();
+  // No block may end while another still multicasts to it or arrives on its barriers.
+  if (!T::kSplitK) {
+    barrier_cluster_arrive();
+    barrier_cluster_wait();
+  }
 #endif
 }
 
@@ -1440,15 +1463,17 @@ static cudaError_t encode_tensor_map(CUtensorMap* map, T* base, int64_t rows, in
   const CUresult result =
       encode(map, kTensorMapType<std::remove_const_t<T>>, 2, const_cast<std::remove_const_t<T>*>(base), sizes, strides,
              box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+// tile: the rows of a tile, or a multiple.
 template <int kParts, bool kHasOutliers>
-static cudaError_t launch_split_rows(const void* from, int64_t stride, const SplitRows& to, int rows, int k,
+static cudaError_t launch_split_rows(const void* from, int64_t stride, const SplitRows& to, int rows, int tile, int k,
                                      bool is_aligned, bool is_in_order, cudaStream_t stream) {
-  split_rows_kernel<kParts, kHasOutliers><<<unsigned(SplitRows::padded_m(rows)), kSplitThreads, 0, stream>>>(
-      static_cast<const float*>(from), stride, to, rows, k, is_aligned, is_in_order);
+  const unsigned padded = (unsigned(rows) + tile - 1) / tile * tile;
+  split_rows_kernel<kParts, kHasOutliers><<<padded, kSplitThreads, 0, stream>>>(static_cast<const float*>(from), stride,
+                                                                                to, rows, k, is_aligned, is_in_order);
   return cudaGetLastError();
 }
 
@@ -1493,12 +1518,12 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
   cudaError_t error = cudaSuccess;
   // First, so that the GPU has work while the host prepares the rest.
   if constexpr (T::kOperands == Operands::kStaged)
-    error = launch_split_rows<1, false>(args.w, args.w_stride, args.w_split, args.n, args.k, args.is_aligned, false,
-                                        stream);
+    error = launch_split_rows<1, false>(args.w, args.w_stride, args.w_split, args.n, kMaxRows, args.k, args.is_aligned,
+                                        false, stream);
   if constexpr (T::kIsFloat)
     if (error == cudaSuccess)
-      error = launch_split_rows<T::kParts, true>(args.x, args.x_stride, args.x_split, args.m, args.k, args.is_aligned,
-                                                 T::kTransposedW, stream);
+      error = launch_split_rows<T::kParts, true>(args.x, args.x_stride, args.x_split, args.m, T::kRows, args.k,
+                                                 args.is_aligned, T::kTransposedW, stream);
   CUtensorMap w_map, x_map, x_lo_map;
   const auto encode = [&](CUtensorMap* map, auto* base, int rows, int k, int64_t stride, int box_rows) {
     if (error == cudaSuccess) error = encode_tensor_map(map, base, rows, k, stride, box_rows);
@@ -1531,7 +1556,7 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
 // The tiles there are; which is the best is for model_new.py to say.
 template <Operands kOperands, typename Element, bool kTransposedW = false>
 static cudaError_t launch(const Arguments& args, int rows, int splits, int device, cudaStream_t stream) {
-  const bool is_split = splits >= 1 && splits <= 8 && splits <= (args.k + kTileK - 1) / kTileK;
+  const bool is_split = splits >= 1 && splits <= kMaxSplits && splits <= (args.k + kTileK - 1) / kTileK;
   const auto launch_if = [&](auto tile) { return launch_tile<decltype(tile)>(args, splits, device, stream); };
   if (splits == 0 && rows == 256) return launch_if(Tile<kOperands, Element, 256, false, kTransposedW>());
   if constexpr (kOperands == Operands::kSplit)

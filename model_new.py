@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -316,66 +317,100 @@ def select_tile(precision, m, n, k):
     precision: "float32", "tf32" or "16 bit". kernel: a name that `select_kernel` returns. rows: of out that a block
     computes, by 128 columns. splits: blocks that share a tile, each with a part of K; 0 where pairs of blocks share x.
 
-    Each rule is from times on an H200 of every tile beside the library's GEMM and fused epilogue: M from 1 to 8192 with
-    ten (K, N) from (2048, 256) to (4096, 11008). Where times were within a few percent the library serves.
+    Each rule is from times on an H200 of every tile beside the library's GEMM and fused epilogue, in CUDA graphs: M
+    from 1 to 1024 with fifteen (K, N) from (1024, 512) to (16384, 4096), and larger M before.
     """
     if m == 0 or n * k < _SMALLEST_W or max(m, n, k) > 2**31 - 2048:
         return None
     # Rows that are not in multiples of 16 bytes must be copied first, which costs more than reading W once more. cuBLAS
     # drops to a quarter of its rate there, but not while it only streams W for a few rows of x.
     aligned = k % (8 if precision == "16 bit" else 4) == 0
-    few, work = m <= 64, m * n * k
+    work = m * n * k
+    tile = min(_tiles(precision, m, n, k), key=lambda tile: _microseconds(m, n, k, *tile))
+    kernel, rows, splits = tile
+    # Of the SMs, what is occupied; W is streamed at full rate from about 120.
+    is_full = _blocks(m, n, rows, splits) >= 120
     if precision == "float32":
-        # SGEMM is behind everywhere, but its GEMV, which serves one row, not much. Below K = 256 it is more accurate,
-        # and up to 512 its error is about the kernel's.
-        # Where W is small and x has few rows, two launches are no faster than SGEMM's one and the epilogue's.
-        least = (1 if n * k >= 2**26 else 2 if n * k >= 2**20 else 65) if aligned else 32
-        tiles = _tiles("fp16x3", m, n, k) if k >= 512 and m >= least else []
+        # SGEMM is behind everywhere, but its GEMV, which serves one row, only where W is large and all SMs read it.
+        # Below K = 256 it is more accurate, and up to 512 its error is about the kernel's.
+        least = (1 if n * k >= 2**24 and is_full else 2) if aligned else 32
+        serves = k >= 512 and m >= least
     elif precision == "tf32":
-        # For few rows cuBLAS streams W as fast, except at 8192 x 8192. For more, the kernel is ahead once its tiles of
-        # 256 rows keep the SMs busy long enough.
         if not aligned:
-            tiles = [("fp16x1_staged", 256, 0)] if m >= 200 and work >= 2**33 else []
-        elif few:
-            tiles = _tiles("fp16x1", m, n, k) if n * k >= 2**26 else []
-        elif m >= 512 and work >= 1.2e10 and -(-m // 256) * -(-n // 128) >= 100:
-            # Reading W as float32 binds the kernel to L2's bandwidth; from 2048 rows on a copy in fp16 pays.
-            tiles = [("fp16x1_staged" if m >= 2048 else "fp16x1", 256, 0)]
+            tile = "fp16x1_staged", 256, 0
+            serves = m >= 200 and work >= 2**33
+        elif m <= 64:
+            # For a row cuBLAS has its GEMV; for more than 32 it streams W as fast, unless N gives it few tiles.
+            serves = n * k >= 2**24 and is_full if m == 1 else m <= 32 or k >= 2 * n or n * k >= 2**26
         else:
-            tiles = []
-    else:
-        # For few rows: one launch instead of two where W is small, equal where it is large. From 1024 rows on the fused
-        # epilogue saves a pass over out. Between, cuBLAS has tiles that fit better.
-        fits = n * k <= 2**24 or n * k >= 2**26 if few else m >= 1024 and m * n >= 2**22
-        tiles = _tiles("wgmma16", m, n, k) if (fits if aligned else m >= 64) else []
-    return min(tiles, key=lambda tile: _microseconds(m, n, k, *tile), default=None)
+            # Ahead once tiles of 256 rows keep the SMs busy, and long enough.
+            tile = kernel, 256, 0
+            waves = math.ceil(_blocks(m, n, 256, 0) / _RESIDENT[0])
+            occupied = m * n / (256 * 128 * _RESIDENT[0] * waves)
+            serves = occupied >= 0.6 and work >= (2**33 if k >= 2048 else 1.2e10)
+            if m >= 2048:  # as float32, W binds the kernel to the rate at which an SM is fed: a copy in fp16 pays
+                tile = "fp16x1_staged", 256, 0
+    elif not aligned:
+        serves = m >= 64
+    elif m <= 64:  # one launch instead of two where W is small; equal where it is large and all SMs read it
+        serves = n * k <= 2**24 or is_full
+    else:  # from 1024 rows on the fused epilogue saves a pass over out; between, cuBLAS has tiles that fit better
+        serves = (m <= 192 and n <= 1024) or (m >= 1024 and m * n >= 2**22)
+    return tile if serves else None
 
 
-def _tiles(kernel, m, n, k):
-    """The tiles of `kernel` that may be the best: see `select_tile`."""
-    rows = min(128, max(16, 1 << (m - 1).bit_length()))
-    tiles = [(kernel, rows, splits) for splits in (1, 2, 4) if splits <= -(-k // 64)]
-    return [*tiles, (kernel, 256, 0), *([(kernel, 128, 0)] if kernel == "fp16x3" else [])]
+_KERNELS = {"float32": "fp16x3", "tf32": "fp16x1", "16 bit": "wgmma16"}  # that split K
 
 
-# Microseconds that a block of 64 k takes a tile, by its rows where blocks share x and where they split K. On an H200.
-_BLOCK_TIMES = {
-    "fp16x3": ({256: 2.22, 128: 1.13}, {128: 1.28, 64: 0.8, 32: 0.65, 16: 0.6}),
-    "fp16x1": ({256: 1.03}, {128: 0.86, 64: 0.66, 32: 0.58, 16: 0.56}),
-    "fp16x1_staged": ({256: 0.655}, {}),
-    "wgmma16": ({256: 0.655}, {128: 0.48, 64: 0.33, 32: 0.28, 16: 0.28}),
+def _tiles(precision, m, n, k):
+    """The tiles that may be the best, of all but "fp16x1_staged"."""
+    kernel = _KERNELS[precision]
+    for rows in (16, 32, 64, 128):
+        if (rows == 16 and m <= 96) or rows == 128 or rows < 2 * m <= 12 * rows:
+            yield from ((kernel, rows, splits) for splits in (1, 2, 3, 4) if splits <= -(-k // 64))
+    yield kernel, 256, 0
+    if kernel == "fp16x3":
+        yield kernel, 128, 0
+
+
+def _blocks(m, n, rows, splits):
+    """The blocks of a launch in such tiles."""
+    return math.ceil(m / rows) * (math.ceil(n / 128) * splits if splits else math.ceil(n / 256) * 2)
+
+
+class _Costs(NamedTuple):
+    """Microseconds on an H200, fitted to the times that `select_tile` is made from: with them the tile that it chooses
+    takes 1 % more than the best, on average.
+
+    split_k, shared_x: for a block of 64 k, by the tile's rows. tile: to begin and to end one. row: of out where blocks
+    add up. stream: to start and to end reading W. megabyte: of W.
+    """
+
+    split_k: dict
+    shared_x: dict
+    tile: float
+    row: float
+    stream: float
+    megabyte: float
+
+
+_COSTS = {
+    "fp16x3": _Costs({16: 0.576, 32: 0.7, 64: 0.82, 128: 1.2}, {128: 1.21, 256: 2.34}, 4.5, 0.026, 4.9, 0.267),
+    "fp16x1": _Costs({16: 0.56, 32: 0.65, 64: 0.68, 128: 0.85}, {256: 1.18}, 2.9, 0.029, 3.4, 0.264),
+    "wgmma16": _Costs({16: 0.264, 32: 0.313, 64: 0.34, 128: 0.48}, {256: 0.708}, 3.0, 0.021, 3.4, 0.251),
 }
-_RESIDENT = {0: 132, 1: 132, 2: 132, 4: 120}  # blocks that run at once, by splits: clusters must fit the GPCs
+_RESIDENT = {0: 132, 1: 132, 2: 132, 3: 117, 4: 120}  # blocks that run at once, by splits: clusters must fit the GPCs
 
 
 def _microseconds(m, n, k, kernel, rows, splits):
-    """A tile's estimated time, good enough to rank the tiles of one kernel. As `select_tile`."""
-    blocks = math.ceil(m / rows) * (math.ceil(n / 128) * splits if splits else math.ceil(n / 256) * 2)
-    waves = math.ceil(blocks / _RESIDENT[splits])
+    """A tile's estimated time but for what all have in common. As `select_tile`."""
+    costs = _COSTS[kernel]
+    waves = math.ceil(_blocks(m, n, rows, splits) / _RESIDENT[splits])
     blocks_of_k = math.ceil(math.ceil(k / 64) / max(splits, 1))
-    per_tile = 3 + 0.6 * splits + (0.02 * rows if splits else 0)  # prologue, adding up, epilogue
-    compute = waves * (blocks_of_k * _BLOCK_TIMES[kernel][splits > 0][rows] + per_tile)
-    return max(compute, (2 if kernel == "wgmma16" else 4) * n * k / 3.9e6)
+    per_block = (costs.split_k if splits else costs.shared_x)[rows]
+    per_tile = costs.tile + (0.09 * splits + costs.row * rows if splits else 0)
+    megabytes = (2 if kernel == "wgmma16" else 4) * n * k / 1e6
+    return max(waves * (blocks_of_k * per_block + per_tile), costs.stream + costs.megabyte * megabytes)
 
 
 def _rows(t):

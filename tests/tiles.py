@@ -24,7 +24,7 @@ def name_of(kind):
     return f"{kind[0]}-{str(kind[1]).removeprefix('torch.')}"
 
 
-def tiles(kernel, k, splits=range(1, 9)):
+def tiles(kernel, k, splits=range(1, 5)):
     """All tiles (kernel, rows, splits) that there are for K = k; of those that share K, with so many blocks."""
     shared_x = [(kernel, 256, 0), *([(kernel, 128, 0)] if kernel == "fp16x3" else [])]
     if kernel == "fp16x1_staged":
