@@ -21,6 +21,7 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import shutil
 import statistics
@@ -320,20 +321,20 @@ def select_tile(precision, m, n, k):
     Each rule is from times on an H200 of every tile beside the library's GEMM and fused epilogue, in CUDA graphs: M
     from 1 to 1024 with fifteen (K, N) from (1024, 512) to (16384, 4096), and larger M before.
     """
-    if m == 0 or n * k < _SMALLEST_W or max(m, n, k) > 2**31 - 2048:
-        return None
+    if m == 0 or n < 512 or n * k < _SMALLEST_W or max(m, n, k) > 2**31 - 2048:
+        return None  # fewer columns were not measured: a long K would leave most SMs without work
     # Rows that are not in multiples of 16 bytes must be copied first, which costs more than reading W once more. cuBLAS
     # drops to a quarter of its rate there, but not while it only streams W for a few rows of x.
     aligned = k % (8 if precision == "16 bit" else 4) == 0
     work = m * n * k
     tile = min(_tiles(precision, m, n, k), key=lambda tile: _microseconds(m, n, k, *tile))
     kernel, rows, splits = tile
-    # Of the SMs, what is occupied; W is streamed at full rate from about 120.
+    # Whether enough SMs have work to stream W at full rate.
     is_full = _blocks(m, n, rows, splits) >= 120
     if precision == "float32":
         # SGEMM is behind everywhere, but its GEMV, which serves one row, only where W is large and all SMs read it.
         # Below K = 256 it is more accurate, and up to 512 its error is about the kernel's.
-        least = (1 if n * k >= 2**24 and is_full else 2) if aligned else 32
+        least = 32 if not aligned else 1 if n * k >= 2**24 and is_full else 2
         serves = k >= 512 and m >= least
     elif precision == "tf32":
         if not aligned:
@@ -341,7 +342,7 @@ def select_tile(precision, m, n, k):
             serves = m >= 200 and work >= 2**33
         elif m <= 64:
             # For a row cuBLAS has its GEMV; for more than 32 it streams W as fast, unless N gives it few tiles.
-            serves = n * k >= 2**24 and is_full if m == 1 else m <= 32 or k >= 2 * n or n * k >= 2**26
+            serves = (n * k >= 2**24 and is_full) if m == 1 else (m <= 32 or k >= 2 * n or n * k >= 2**26)
         else:
             # Ahead once tiles of 256 rows keep the SMs busy, and long enough.
             tile = kernel, 256, 0
@@ -354,7 +355,9 @@ def select_tile(precision, m, n, k):
         serves = m >= 64
     elif m <= 64:  # one launch instead of two where W is small; equal where it is large and all SMs read it
         serves = n * k <= 2**24 or is_full
-    else:  # from 1024 rows on the fused epilogue saves a pass over out; between, cuBLAS has tiles that fit better
+    else:
+        # Where N is small one launch still counts, and from 1024 rows on the fused epilogue saves a pass over out.
+        # Between, cuBLAS has tiles that fit better.
         serves = (m <= 192 and n <= 1024) or (m >= 1024 and m * n >= 2**22)
     return tile if serves else None
 
@@ -366,7 +369,8 @@ def _tiles(precision, m, n, k):
     """The tiles that may be the best, of all but "fp16x1_staged"."""
     kernel = _KERNELS[precision]
     for rows in (16, 32, 64, 128):
-        if (rows == 16 and m <= 96) or rows == 128 or rows < 2 * m <= 12 * rows:
+        # Tiles of more than twice M's rows, or of less than a sixth, are never the best; 128 rows may be, for any M.
+        if rows == 128 or (rows <= max(16, 2 * m - 1) and m <= 6 * rows):
             yield from ((kernel, rows, splits) for splits in (1, 2, 3, 4) if splits <= -(-k // 64))
     yield kernel, 256, 0
     if kernel == "fp16x3":
@@ -382,22 +386,24 @@ class _Costs(NamedTuple):
     """Microseconds on an H200, fitted to the times that `select_tile` is made from: with them the tile that it chooses
     takes 1 % more than the best, on average.
 
-    split_k, shared_x: for a block of 64 k, by the tile's rows. tile: to begin and to end one. row: of out where blocks
-    add up. stream: to start and to end reading W. megabyte: of W.
+    split_k, shared_x: for a block of 64 k, by the tile's rows. tile: to begin and to end one. split, row: more for each
+    block that shares it and each row of out, where blocks add up. stream: to start and to end reading W. megabyte: of
+    W.
     """
 
     split_k: dict
     shared_x: dict
     tile: float
+    split: float
     row: float
     stream: float
     megabyte: float
 
 
 _COSTS = {
-    "fp16x3": _Costs({16: 0.576, 32: 0.7, 64: 0.82, 128: 1.2}, {128: 1.21, 256: 2.34}, 4.5, 0.026, 4.9, 0.267),
-    "fp16x1": _Costs({16: 0.56, 32: 0.65, 64: 0.68, 128: 0.85}, {256: 1.18}, 2.9, 0.029, 3.4, 0.264),
-    "wgmma16": _Costs({16: 0.264, 32: 0.313, 64: 0.34, 128: 0.48}, {256: 0.708}, 3.0, 0.021, 3.4, 0.251),
+    "fp16x3": _Costs({16: 0.576, 32: 0.7, 64: 0.82, 128: 1.2}, {128: 1.21, 256: 2.34}, 4.5, 0.09, 0.026, 4.9, 0.267),
+    "fp16x1": _Costs({16: 0.56, 32: 0.65, 64: 0.68, 128: 0.85}, {256: 1.18}, 2.9, 0.09, 0.029, 3.4, 0.264),
+    "wgmma16": _Costs({16: 0.264, 32: 0.313, 64: 0.34, 128: 0.48}, {256: 0.708}, 3.0, 0.09, 0.021, 3.4, 0.251),
 }
 _RESIDENT = {0: 132, 1: 132, 2: 132, 3: 117, 4: 120}  # blocks that run at once, by splits: clusters must fit the GPCs
 
@@ -408,7 +414,7 @@ def _microseconds(m, n, k, kernel, rows, splits):
     waves = math.ceil(_blocks(m, n, rows, splits) / _RESIDENT[splits])
     blocks_of_k = math.ceil(math.ceil(k / 64) / max(splits, 1))
     per_block = (costs.split_k if splits else costs.shared_x)[rows]
-    per_tile = costs.tile + (0.09 * splits + costs.row * rows if splits else 0)
+    per_tile = costs.tile + (costs.split * splits + costs.row * rows if splits else 0)
     megabytes = (2 if kernel == "wgmma16" else 4) * n * k / 1e6
     return max(waves * (blocks_of_k * per_block + per_tile), costs.stream + costs.megabyte * megabytes)
 
@@ -871,7 +877,8 @@ def l2_flush():
 
 
 def times_in_turns(functions, repeats, warm_up_seconds=0.0, wall_clock=False):
-    """{name: [milliseconds of each call]} of a dict of functions, called in turns so that all see the same clocks.
+    """{name: [milliseconds of each call]} of a dict of functions, called in turns, each turn in a random order, so
+    that all see the same clocks.
 
     On a GPU: CUDA events, with the L2 cache flushed before each call, which keeps the GPU busy while the host prepares
     it: host time does not count. On the CPU, or where asked for: the wall clock. Turns before the `repeats` that count
@@ -882,19 +889,20 @@ def times_in_turns(functions, repeats, warm_up_seconds=0.0, wall_clock=False):
 
     def turn():
         times = {}
+        names = random.sample(list(functions), len(functions))  # in no order: each leaves the GPU warm for the next
         if events:
             for _ in range(4):  # the host has waited for the GPU: let it get ahead again, before the first call too
                 flush()
-        for name, function in functions.items():
+        for name in names:
             if events:
                 flush()
                 times[name] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
                 times[name][0].record()
-                function()
+                functions[name]()
                 times[name][1].record()
             else:
                 start = time.perf_counter()
-                function()
+                functions[name]()
                 times[name] = (time.perf_counter() - start) * 1e3
         if events:
             torch.cuda.synchronize()

@@ -352,7 +352,10 @@ def time_section(arguments):
     rows = compare(arguments, "time", candidates, check, kernel, yardstick=("ratio_to_fp16", YARDSTICK))
     print("error: Frobenius; compon.: max |err|/(|x|·|W|ᵀ+|b|+s); both against float64")
     if any("timing" in row for row in rows):
-        print(f"† {JaxLayer.TIMING} ({JAX_BLOCK}), L2 not flushed: W alone is {weight.nbytes / 1e6:.0f} MB")
+        print(
+            f"† {JaxLayer.TIMING} ({JAX_BLOCK}), L2 not flushed: W alone is {weight.nbytes / 1e6:.0f} MB; such a load "
+            "can hold the GPU at its power limit, where it is slower"
+        )
     return rows, True
 
 

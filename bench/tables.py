@@ -75,7 +75,8 @@ def times(rows, full):
     note = f"{WHERE.format(**rows[0])}; medians with the L2 cache flushed, timed in turns. Errors against float64: "
     note += "Frobenius norm, and max error / (abs(x)·abs(W)ᵀ + abs(b) + s). * A bare GEMM: its product's error."
     timing = next((row["timing"] for row in rows if row.get("timing")), None)
-    note += f" † By the {timing}, the cache not flushed." if timing else ""
+    if timing:
+        note += f" † By the {timing}, the cache not flushed: a steady load, under which the clock may be lower."
     return f"{table(header, body)}\n\n{note}"
 
 

@@ -250,7 +250,8 @@ def test_times_in_turns(wall_clock, monkeypatch):
     monkeypatch.setattr(model_new, "l2_flush", lambda: lambda: log.append("flush"))
     monkeypatch.setattr(model_new.time, "perf_counter", lambda: Clock.now / 1e3)
     functions = {"a": function("a", 2.0), "b": function("b", 3.0)}
-    turn = ["a", "b"] if wall_clock else [*["flush"] * 4, "flush", "a", "flush", "b", "wait"]
+    monkeypatch.setattr(model_new.random, "sample", lambda names, count: sorted(names, reverse=True)[:count])
+    turn = ["b", "a"] if wall_clock else [*["flush"] * 4, "flush", "b", "flush", "a", "wait"]
     times = model_new.times_in_turns(functions, 4, wall_clock=wall_clock)
     assert times == {"a": pytest.approx([2.0] * 4), "b": pytest.approx([3.0] * 4)}
     assert log == turn * 5

@@ -62,6 +62,14 @@ def test_the_library_serves_what_is_empty_or_too_large(size, precision):
         assert select_tile(precision, *(size if i == which else other for i, other in enumerate(served))) is None
 
 
+@pytest.mark.parametrize("precision", KERNELS)
+def test_the_library_serves_few_columns(precision):
+    """Which were not measured: a long K would leave most SMs without work."""
+    assert select_tile(precision, 16, 512, 2048) is not None
+    few = (511, 2048), (256, 2048), (1, 2**20)
+    assert all(select_tile(precision, m, n, k) is None for m in SIZES for n, k in few)
+
+
 # what select_kernel makes of tensors
 
 
