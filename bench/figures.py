@@ -59,9 +59,13 @@ def name_of(row):
 def name_of_group(rows):
     """The names, those of one precision together, in two lines where one would be too long."""
     names = {}
+    both = {"torch.compile", "torch.compile, max-autotune"} <= {row["name"] for row in rows}
     for row in rows:
+        if both and row["name"] == "torch.compile, max-autotune":
+            continue
         precision = f"'{row['precision']}'" if row["dtype"] == "float32" else row["dtype"]
-        names.setdefault("" if precision == "'highest'" else f", {precision}", []).append(name_of(row))
+        name = name_of(row) + (" (with max-autotune, too)" if both and row["name"] == "torch.compile" else "")
+        names.setdefault("" if precision == "'highest'" else f", {precision}", []).append(name)
     for suffix, of in names.items():
         of[-1] += suffix
     names = [name for of in names.values() for name in of]
@@ -83,7 +87,7 @@ def place_labels(axes, labels):
     figure.draw_without_rendering()  # the axes have their place from here on
     renderer = figure.canvas.get_renderer()
     taken = [Bbox.from_bounds(*(axes.transData.transform((x, y)) - 5), 10, 10) for _, x, y, _ in labels]
-    heights = 0, 11, -11, 22, -22, 33, -33, 44, -44, 55, -55
+    heights = [0, *(sign * 11 * step for step in range(1, 8) for sign in (1, -1))]
     sides = [(dx, dy, side) for dy in heights for dx, side in ((9, "left"), (-9, "right"))]
     for text, x, y, style in labels:
         for dx, dy, side in sides:
@@ -127,7 +131,7 @@ def compared(results):
 
 
 def error_against_time(rows):
-    figure = Figure(figsize=(8.4, 5.4), layout="constrained")
+    figure = Figure(figsize=(8.4, 6.4), layout="constrained")
     axes = figure.add_subplot(xscale="log", yscale="log")
     labels = []
     for group in sorted(groups(rows), key=lambda group: group[0]["name"] != "ModelNew"):
@@ -149,7 +153,7 @@ def error_against_time(rows):
     axes.grid(color=GRID)
     axes.set_xlabel("time, ms (log scale)")
     axes.set_ylabel("relative error against float64,\nFrobenius norm (log scale)")
-    title = "{gpu}, M, K, N = {shape}; float32 'highest' where nothing else is said; hollow: a bare GEMM's product"
+    title = "{gpu}, M, K, N = {shape}; float32 'highest' if not said; hollow: a bare GEMM's product"
     axes.set_title(title.format(**rows[0]), fontsize=9, loc="left")
     place_labels(axes, labels)
     return figure
@@ -203,7 +207,7 @@ def grid_panel(axes, name, ms, sizes, found):
             _, right, down = corners[row["kernel"]]
             xs, ys = (x + 0.48 * right, x + 0.34 * right), (y + 0.46 * down, y + 0.16 * down)
             axes.fill([xs[0], xs[1], xs[0]], [ys[0], ys[0], ys[1]], color=INK, lw=0)
-    served = [f"{symbol} {kernel}" for kernel, (symbol, _, _) in corners.items()] + ["no mark: library"]
+    served = [f"{symbol} {kernel}" for kernel, (symbol, _, _) in corners.items()] + ["else library"]
     axes.set_title(f"{name}   ({', '.join(served)})", fontsize=9, loc="left")
     axes.set_xticks(range(len(sizes)), [f"{k}\n×{n}" for k, n in sizes], fontsize=8)
     axes.set_yticks(range(len(ms)), ms)
