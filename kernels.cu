@@ -277,32 +277,24 @@ __device__ __forceinline__ void mbarrier_arrive_remote(uint32_t barrier, uint32_
       "r"(block)
       : "memory");
 }
-__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  do {
-    asm volatile(
-        "{\n .reg .pred p;\n"
-        " mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        " selp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-  } while (!done);
-}
-
-// The same for what other blocks of the cluster have stored.
-__device__ __forceinline__ void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  do {
-    asm volatile(
-        "{\n .reg .pred p;\n"
-        " mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-        " selp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-  } while (!done);
-}
+// Waits for the end of the barrier's phase of this parity. semantics: of what is visible then; by default what was done
+// in this block or by TMA.
+#define DEFINE_MBARRIER_WAIT(name, semantics)                               \
+  __device__ __forceinline__ void name(uint32_t barrier, uint32_t parity) { \
+    uint32_t done;                                                          \
+    do {                                                                    \
+      asm volatile(                                                         \
+          "{\n .reg .pred p;\n"                                             \
+          " mbarrier.try_wait.parity" semantics                             \
+          ".shared::cta.b64 p, [%1], %2;\n"                                 \
+          " selp.u32 %0, 1, 0, p;\n}"                                       \
+          : "=r"(done)                                                      \
+          : "r"(barrier), "r"(parity)                                       \
+          : "memory");                                                      \
+    } while (!done);                                                        \
+  }
+DEFINE_MBARRIER_WAIT(mbarrier_wait, "")
+DEFINE_MBARRIER_WAIT(mbarrier_wait_cluster, ".acquire.cluster")  // for what other blocks of the cluster have stored
 
 // Copies one box of a 2-d tensor to the same shared-memory offset of every block in `blocks` (a bit mask), and counts
 // its bytes on the barrier at the same offset in each of them. (column, row): the box's first element; outside: zeros.
@@ -461,8 +453,7 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 //   each other's shared memory.
 //
 // The kernel computes the transpose of out: each of two consumer warpgroups has 64 columns of out, by the tile's rows
-// of
-//   x, in products of wgmma's A = W [64 n, 16 k] and B = x [rows, 16 k]. There are four kinds of operands:
+// of x, in products of wgmma's A = W [64 n, 16 k] and B = x [rows, 16 k]. There are four kinds of operands:
 //
 //   kSplit    float32 at full precision. A float32 number a is scaled by a power of two (exact) and written as hi + lo,
 //             two fp16 numbers of 11 significant bits each: hi = fp16(a), lo = fp16(a - hi). Then
@@ -475,9 +466,8 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 //     Accumulation: the tensor core truncates when it adds to its float32 accumulator. So it only ever adds one block
 //       of 64 k to a fresh `partial`; the partial is scaled back (exact) and added to `total` by an ordinary fma.
 //   kRounded  float32 where PyTorch allows TF32: hi alone, one product, as precise as TF32 at twice its rate.
-//     Accumulation: the tensor core adds up all of K. W has one scale a row, which only ever shrinks: where a block of
-//     k
-//       brings a larger entry, the sums so far are scaled down with it.
+//     Accumulation: the tensor core adds up all of K. W has one scale a row, which only ever shrinks: where a block
+//       of k brings a larger entry, the sums so far are scaled down with it.
 //   kStaged   the same from a copy of W that is rounded beforehand, with one scale a row.
 //   kNative   float16 or bfloat16 as they are.
 //
@@ -944,8 +934,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         });
       } else {
         Ring<kXStages> ring;
-        griddepcontrol_wait();  // split_rows_kernel may still be at x; W is the caller's, or a copy made before that
-                                // began
+        // split_rows_kernel may still be at x; W is the caller's, or a copy made before that began.
+        griddepcontrol_wait();
         TileScheduler<T>(args.m, args.n).for_each_tile(rank, blocks, [&](int m0, int n0) {
           for (int k_block = k_begin; k_block < k_end; ++k_block)
 #pragma unroll 1

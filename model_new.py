@@ -344,13 +344,11 @@ def select_tile(precision, m, n, k):
             # For a row cuBLAS has its GEMV; for more than 32 it streams W as fast, unless N gives it few tiles.
             serves = (n * k >= 2**24 and is_full) if m == 1 else (m <= 32 or k >= 2 * n or n * k >= 2**26)
         else:
-            # Ahead once tiles of 256 rows keep the SMs busy, and long enough.
-            tile = kernel, 256, 0
-            waves = math.ceil(_blocks(m, n, 256, 0) / _RESIDENT[0])
-            occupied = m * n / (256 * 128 * _RESIDENT[0] * waves)
+            # Ahead once tiles of 256 rows keep the SMs busy, and long enough. As float32, W binds the kernel to the
+            # rate at which an SM is fed: from 2048 rows on a copy in fp16 pays.
+            tile = "fp16x1_staged" if m >= 2048 else kernel, 256, 0
+            occupied = m * n / (256 * 128 * _RESIDENT[0] * _waves(m, n, 256, 0))
             serves = occupied >= 0.6 and work >= (2**33 if k >= 2048 else 1.2e10)
-            if m >= 2048:  # as float32, W binds the kernel to the rate at which an SM is fed: a copy in fp16 pays
-                tile = "fp16x1_staged", 256, 0
     elif not aligned:
         serves = m >= 64
     elif m <= 64:  # one launch instead of two where W is small; equal where it is large and all SMs read it
@@ -382,28 +380,33 @@ def _blocks(m, n, rows, splits):
     return math.ceil(m / rows) * (math.ceil(n / 128) * splits if splits else math.ceil(n / 256) * 2)
 
 
+def _waves(m, n, rows, splits):
+    """How often the SMs must be filled with such blocks."""
+    return math.ceil(_blocks(m, n, rows, splits) / _RESIDENT[splits])
+
+
 class _Costs(NamedTuple):
     """Microseconds on an H200, fitted to the times that `select_tile` is made from: with them the tile that it chooses
     takes 1 % more than the best, on average.
 
-    split_k, shared_x: for a block of 64 k, by the tile's rows. tile: to begin and to end one. split, row: more for each
-    block that shares it and each row of out, where blocks add up. stream: to start and to end reading W. megabyte: of
+    split_k, shared_x: for a block of 64 k, by the tile's rows. tile: to begin and to end one. row, split: more for each
+    row of out and each block that shares it, where blocks add up. stream: to start and to end reading W. megabyte: of
     W.
     """
 
     split_k: dict
     shared_x: dict
     tile: float
-    split: float
     row: float
     stream: float
     megabyte: float
+    split: float = 0.09
 
 
 _COSTS = {
-    "fp16x3": _Costs({16: 0.576, 32: 0.7, 64: 0.82, 128: 1.2}, {128: 1.21, 256: 2.34}, 4.5, 0.09, 0.026, 4.9, 0.267),
-    "fp16x1": _Costs({16: 0.56, 32: 0.65, 64: 0.68, 128: 0.85}, {256: 1.18}, 2.9, 0.09, 0.029, 3.4, 0.264),
-    "wgmma16": _Costs({16: 0.264, 32: 0.313, 64: 0.34, 128: 0.48}, {256: 0.708}, 3.0, 0.09, 0.021, 3.4, 0.251),
+    "fp16x3": _Costs({16: 0.576, 32: 0.7, 64: 0.82, 128: 1.2}, {128: 1.21, 256: 2.34}, 4.5, 0.026, 4.9, 0.267),
+    "fp16x1": _Costs({16: 0.56, 32: 0.65, 64: 0.68, 128: 0.85}, {256: 1.18}, 2.9, 0.029, 3.4, 0.264),
+    "wgmma16": _Costs({16: 0.264, 32: 0.313, 64: 0.34, 128: 0.48}, {256: 0.708}, 3.0, 0.021, 3.4, 0.251),
 }
 _RESIDENT = {0: 132, 1: 132, 2: 132, 3: 117, 4: 120}  # blocks that run at once, by splits: clusters must fit the GPCs
 
@@ -411,12 +414,12 @@ _RESIDENT = {0: 132, 1: 132, 2: 132, 3: 117, 4: 120}  # blocks that run at once,
 def _microseconds(m, n, k, kernel, rows, splits):
     """A tile's estimated time but for what all have in common. As `select_tile`."""
     costs = _COSTS[kernel]
-    waves = math.ceil(_blocks(m, n, rows, splits) / _RESIDENT[splits])
     blocks_of_k = math.ceil(math.ceil(k / 64) / max(splits, 1))
     per_block = (costs.split_k if splits else costs.shared_x)[rows]
     per_tile = costs.tile + (costs.split * splits + costs.row * rows if splits else 0)
     megabytes = (2 if kernel == "wgmma16" else 4) * n * k / 1e6
-    return max(waves * (blocks_of_k * per_block + per_tile), costs.stream + costs.megabyte * megabytes)
+    compute = _waves(m, n, rows, splits) * (blocks_of_k * per_block + per_tile)
+    return max(compute, costs.stream + costs.megabyte * megabytes)
 
 
 def _rows(t):
@@ -624,12 +627,16 @@ def _is_watched():
     )
 
 
+def _below_autograd(operator, *arguments):
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
 def _without_autograd(operator, cuda_kernel, tensors, *scale):
     """What the dispatcher makes of `operator` below autograd."""
     if _is_plain(*tensors):
         return cuda_kernel(*tensors, *scale)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*tensors, *scale)
+    return _below_autograd(operator, *tensors, *scale)
 
 
 def _matmul(a, b):
@@ -647,8 +654,7 @@ class _LinearSigmoidResidual(torch.autograd.Function):
         if is_plain:
             out, z = _forward_with_z_cuda(x, weight, bias, scale)
         else:
-            with torch._C._AutoDispatchBelowAutograd():
-                out, z = _forward_with_z_op(x, weight, bias, scale)
+            out, z = _below_autograd(_forward_with_z_op, x, weight, bias, scale)
         ctx.save_for_backward(x, weight, bias, z)
         ctx.scale = scale
         return out
@@ -696,8 +702,7 @@ def _forward_autograd(x, weight, bias, scale):
         return _forward_plain(x, weight, bias, scale)
     if _wants_gradient(x, weight, bias):
         return _LinearSigmoidResidual.apply(x, weight, bias, scale, False)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _forward_op(x, weight, bias, scale)
+    return _below_autograd(_forward_op, x, weight, bias, scale)
 
 
 def _forward_autocast(device_type):

@@ -233,7 +233,7 @@ def any_tile(index):
 
     def select_tile(precision, m, n, k):
         kernels = {"float32": ["fp16x3"], "tf32": ["fp16x1", "fp16x1_staged"], "16 bit": ["wgmma16"]}[precision]
-        all_tiles = [tile for kernel in kernels for tile in tiles(kernel, k, splits=(1, 2, 3, 4))]
+        all_tiles = [tile for kernel in kernels for tile in tiles(kernel, k)]
         return all_tiles[index % len(all_tiles)] if min(m, n, k) else None
 
     before = model_new.select_tile, model_new._SMALLEST_W
