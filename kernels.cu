@@ -251,6 +251,11 @@ __device__ __forceinline__ float4 ld_shared_v4(uint32_t address) {
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address));
   return v;
 }
+__device__ __forceinline__ float ld_shared(uint32_t address) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));
+  return v;
+}
 __device__ __forceinline__ float2 ld_shared_v2(uint32_t address) {
   float2 v;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
@@ -369,25 +374,24 @@ DEFINE_WGMMA(64, 32, 32, 33, 34, 35, 36, 37)
 DEFINE_WGMMA(128, 64, 64, 65, 66, 67, 68, 69)
 DEFINE_WGMMA(256, 128, 128, 129, 130, 131, 132, 133)
 
+// Copies shared memory of this block, in multiples of 16 bytes, to another block of the cluster, and counts the bytes
+// on the barrier there.
+__device__ __forceinline__ void cp_async_bulk_shared(uint32_t to, uint32_t from, int bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "r"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+// Makes this thread's stores to shared memory visible to what reads it asynchronously, wgmma and bulk copies.
+__device__ __forceinline__ void fence_proxy_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // Barrier `id` of the block, for `threads` threads in all: those that wait at it and those that only arrive.
 __device__ __forceinline__ void bar_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 __device__ __forceinline__ void bar_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-// Whether the condition holds for any of the `threads` threads that wait at barrier `id`.
-__device__ __forceinline__ bool bar_red_or(int id, int threads, bool condition) {
-  uint32_t any;
-  asm volatile(
-      "{\n .reg .pred p, q;\n"
-      " setp.ne.u32 p, %3, 0;\n"
-      " bar.red.or.pred q, %1, %2, p;\n"
-      " selp.u32 %0, 1, 0, q;\n}"
-      : "=r"(any)
-      : "r"(id), "r"(threads), "r"(uint32_t(condition))
-      : "memory");
-  return any != 0;
 }
 template <int kRegisters> __device__ __forceinline__ void setmaxnreg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -415,16 +419,24 @@ __device__ __forceinline__ void st_shared_v4(uint32_t to, const float* v) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
                : "memory");
 }
+__device__ __forceinline__ void st_shared_v4(uint32_t to, const uint32_t* v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+__device__ __forceinline__ void st_shared(uint32_t to, float v) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory");
+}
 // Stores four floats in another block of the cluster and counts their bytes on the barrier there.
 __device__ __forceinline__ void st_async_v4(uint32_t to, const float* v, uint32_t barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
                "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier)
                : "memory");
 }
-// v itself, of which the compiler knows nothing.
-__device__ __forceinline__ uint32_t opaque(uint32_t v) {
-  asm volatile("mov.b32 %0, %0;" : "+r"(v));
-  return v;
+// True, once v, which is not zero, is known: what depends on it cannot go before the loads that v is made from.
+__device__ __forceinline__ bool is_known(float v) {
+  uint32_t bits = __float_as_uint(v);
+  asm volatile("mov.b32 %0, %0;" : "+r"(bits));
+  return bits != 0;
 }
 // Orders nothing but fence_mbarrier_init.
 __device__ __forceinline__ void barrier_cluster_arrive_relaxed() {
@@ -466,45 +478,52 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 //     Accumulation: the tensor core truncates when it adds to its float32 accumulator. So it only ever adds one block
 //       of 64 k to a fresh `partial`; the partial is scaled back (exact) and added to `total` by an ordinary fma.
 //   kRounded  float32 where PyTorch allows TF32: hi alone, one product, as precise as TF32 at twice its rate.
-//     Accumulation: the tensor core adds up all of K. W has one scale a row, which only ever shrinks: where a block
-//       of k brings a larger entry, the sums so far are scaled down with it.
+//     Accumulation: as above where K is split. In tiles of 256 rows the tensor core adds up all of K, and W has one
+//     scale a row, which only ever shrinks: where a block of k brings a larger entry, the sums so far are scaled down.
 //   kStaged   the same from a copy of W that is rounded beforehand, with one scale a row.
 //   kNative   float16 or bfloat16 as they are.
 //
-// Data flow. W as float32 comes by TMA to shared memory, from where each thread loads its part of the fragment, finds
-//   the scale with its three neighbours and converts it: A is multiplied from registers, and nothing about W is stored
-//   outside the kernel. x is converted beforehand, by split_rows_kernel, and multiplied from shared memory. Where W has
-//   16 bits both are multiplied from shared memory.
+// Data flow. x is converted beforehand, by split_rows_kernel, and multiplied from shared memory. W as float32 comes by
+//   TMA to shared memory and is converted in the kernel; nothing about it is stored in global memory. In tiles of 256
+//   rows a warpgroup of converters does that: from W's ring to registers, from there to a second ring, from which it is
+//   multiplied. In smaller tiles the consumers do it: each thread loads its part of the fragment, finds the scale with
+//   its three neighbours, and A is multiplied from registers. Where W has 16 bits both are multiplied from shared
+//   memory.
 // Tile. A block computes 128 columns of out, half of them each consumer warpgroup, and kRows rows. A wgmma covers
-//   kPanelM of them: all, or with kSplit 128 of 256, in two panels. There W is loaded and split once for both, in
-//   registers that then leave no room for the next block.
+//   kPanelM of them: all, or of 256 rows of a float32 x 128, in two panels.
 // Warps. One producer thread issues TMA for W, one for x. With kSplit the two consumer warpgroups take turns with the
-//   tensor cores (but where 128 rows split K); each adds up its partials in the other's turn. There W is split too
-//   where a tile has two panels; with one, it is split while the warpgroup's own products run.
-// Rings. W and x have a ring of shared-memory stages each, every stage with two barriers:
-//   full: bytes have landed -> consumers;  empty: every consumer warp that reads it is done -> producer.
+//   tensor cores (but where 128 rows split K); each adds up its partials in the other's turn, and splits W, if it must,
+//   while its own products run.
+// Rings. W, converted W and x have a ring of shared-memory stages each, every stage with two barriers:
+//   full: bytes have landed -> who reads;  empty: every warp that reads it is done -> who writes.
 //   W as float32 is free once it is in registers; all else once its products are finished.
-// Clusters. Where there are many rows, the two blocks of a cluster need the same x: each loads half of it, and TMA
-//   multicasts that to both, which halves what x costs the L2 cache. So the `empty` barrier of an x stage counts both
-//   blocks' consumer warps. Where there are few rows, the work is to read W, and tiles are fewer than SMs: the blocks
-//   of a cluster then share a tile, each takes a part of K, and they add up their sums through distributed shared
-//   memory, always in the same order.
-// Order of k. A product may sum k in any order if both operands agree. A thread loads W in 16 bytes, four
-//   consecutive k, where the fragment wants k = 2q, 2q+1, 2q+8, 2q+9 (q = lane % 4); so split_rows_kernel stores each
-//   group of 16 k in the order 0 1 4 5 8 9 12 13 2 3 6 7 10 11 14 15.
+// Clusters. Where there are many rows, a cluster has two blocks.
+//   With converters they need the same W, for different rows of x: each loads and converts 64 of its 128 rows, and
+//   sends
+//     them to the other's shared memory. So the `empty` barrier of a converted stage counts both blocks' consumer
+//     warps.
+//   Else they need the same x: each loads half of it, and TMA multicasts that to both, which halves what x costs the L2
+//     cache. So the `empty` barrier of an x stage counts both blocks' consumer warps.
+//   Where there are few rows, the work is to read W, and tiles are fewer than SMs: the blocks of a cluster then share a
+//     tile, each takes a part of K, and they add up their sums through distributed shared memory, always in the same
+//     order.
+// Order of k. A product may sum k in any order if both operands agree. A consumer loads W in 16 bytes, four consecutive
+//   k, where the fragment wants k = 2q, 2q+1, 2q+8, 2q+9 (q = lane % 4); so split_rows_kernel stores each group of 16 k
+//   in the order 0 1 4 5 8 9 12 13 2 3 6 7 10 11 14 15 for it. Converters keep the order that k has.
 
 namespace hopper {
 
 enum class Operands { kSplit, kRounded, kStaged, kNative };
 
 constexpr int kTileN = 128, kTileK = 64;
-constexpr int kMaxRows = 256;  // of any tile
+constexpr int kMaxRows = 256;              // of any tile
+constexpr int kPaddedRows = 2 * kMaxRows;  // a cluster's rows at most: inverse_scale is as long as multiples of them
 constexpr int kConsumerWarpgroups = kTileN / 64;
-constexpr int kThreads = 128 * (1 + kConsumerWarpgroups);
 constexpr int kConsumerThreads = 128 * kConsumerWarpgroups;
 [[maybe_unused]] constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
-constexpr int kMaxSplits = 4;       // blocks that share a tile
-constexpr int kMaxShared = 232448;  // bytes of a Hopper block
+[[maybe_unused]] constexpr int kConverterWarps = 4;  // where a cluster's blocks share W
+constexpr int kMaxSplits = 4;                        // blocks that share a tile
+constexpr int kMaxShared = 232448;                   // bytes of a Hopper block
 
 // Where blocks share a tile, each finishes some of its groups of 8 rows, and the others send it their sums for these.
 [[maybe_unused]] constexpr int kGroupBytes = 16 * kConsumerThreads;
@@ -520,37 +539,56 @@ template <Operands kOperands_, typename Element_, int kRows_, bool kSplitK_, boo
   using Element = Element_;
   static constexpr Operands kOperands = kOperands_;
   static constexpr int kRows = kRows_;
-  static constexpr bool kSplitK = kSplitK_;         // a cluster's blocks share a tile, or else x
-  static constexpr int kSharers = kSplitK ? 1 : 2;  // blocks that load an x stage together
-  static constexpr int kPanels = kOperands == Operands::kSplit && kRows > 128 ? kRows / 128 : 1;
-  static constexpr int kPanelM = kRows / kPanels;                       // columns of wgmma's B
-  static constexpr int kParts = kOperands == Operands::kSplit ? 2 : 1;  // hi, lo
-  static constexpr bool kIsFloat = std::is_same_v<Element, float>;
-  static constexpr bool kFromRegisters = kOperands == Operands::kSplit || kOperands == Operands::kRounded;  // wgmma's A
-  using WElement = std::conditional_t<kOperands == Operands::kStaged, __half, Element>;  // as it comes by TMA
+  static constexpr bool kSplitK = kSplitK_;            // a cluster's blocks share a tile, or else W or x
   static constexpr bool kTransposedW = kTransposedW_;  // W comes as [k, n], or else as [n, k]
   static_assert(!kTransposedW || kOperands == Operands::kSplit);
-  // W's stage: boxes whose rows have 128 bytes. [2][kTileN][32] floats, [4][kTileK][32] floats of a transposed W, or
-  // [kTileN][64] of 16 bits.
-  static constexpr int kWBoxRows = kTransposedW ? kTileK : kTileN;
-  static constexpr int kWStageBytes = kTileN * kTileK * int(sizeof(WElement));
+  static constexpr bool kIsFloat = std::is_same_v<Element, float>;
+  static constexpr int kParts = kOperands == Operands::kSplit ? 2 : 1;  // hi, lo
+  static constexpr bool kConvertsW = kOperands == Operands::kSplit || kOperands == Operands::kRounded;
+  // Float32 W is converted by warps of its own, half of it in each block of a cluster, or else by the consumers.
+  static constexpr bool kSharesW = kConvertsW && !kSplitK && kRows == 256;
+  static constexpr bool kFromRegisters = kConvertsW && !kSharesW;  // wgmma's A
+  // Whether the tensor core only adds up 64 k, or else all.
+  static constexpr bool kPromotes = kOperands == Operands::kSplit || kFromRegisters;
+  static constexpr int kClusterBlocks = kSplitK ? 1 : 2;        // where they do not share a tile
+  static constexpr int kSharers = kSplitK || kSharesW ? 1 : 2;  // blocks that load an x stage together
+  static constexpr int kPanels = kSharesW ? 2 : 1;
+  static constexpr int kPanelM = kRows / kPanels;  // columns of wgmma's B
+  // W's stage: boxes whose rows have 128 bytes. [2][kWRows][32] floats, [kWRows / 32][kTileK][32] floats of a
+  // transposed W, or [kTileN][64] of 16 bits.
+  using WElement = std::conditional_t<kOperands == Operands::kStaged, __half, Element>;  // as it comes by TMA
+  using Multiplied = std::conditional_t<kIsFloat, __half, Element>;
+  static constexpr int kWRows = kSharesW ? kTileN / 2 : kTileN;
+  static constexpr int kWBoxRows = kTransposedW ? kTileK : kWRows;
+  static constexpr int kWStageBytes = kWRows * kTileK * int(sizeof(WElement));
   static constexpr int kWBoxes = kWStageBytes / (kWBoxRows * 128);
-  // Measured: turns gain 2 to 8 %, but nothing with 128 rows that split K.
-  static constexpr bool kTakesTurns = kOperands == Operands::kSplit && !(kSplitK && kRows == 128);
-  static constexpr int kColumnStep = kTransposedW ? 1 : 8;   // between the two columns of out that a thread has
-  static constexpr int kXPartBytes = kPanelM * kTileK * 2;   // half or Element [kPanelM][kTileK]
-  static constexpr int kXStageBytes = kParts * kXPartBytes;  // one panel
-  static constexpr int kGroups = kRows / 8;                  // of 8 rows
+  // Measured: without turns 2 to 8 % more, but nothing with 128 rows that split K.
+  static constexpr bool kTakesTurns = kPromotes && !(kSplitK && kRows == 128);
+  static constexpr int kColumnStep = kTransposedW && kFromRegisters ? 1 : 8;  // between a thread's two columns of out
+  static constexpr int kXPartBytes = kPanelM * kTileK * 2;                    // half or Element [kPanelM][kTileK]
+  static constexpr int kXStageBytes = kParts * kXPartBytes;                   // one panel
+  static constexpr int kGroups = kRows / 8;                                   // of 8 rows
   static constexpr int kSumBytes = kSplitK ? most_groups_sent(kGroups) * kGroupBytes : 0;  // see the epilogue
-  static constexpr int kRoom = kMaxShared - kSumBytes - 1024;  // 1024: for barriers, and for alignment
-  static constexpr int kXStages = kPanels * std::min(12, kRoom / (kWStageBytes + kPanels * kXStageBytes));
+  // Where blocks share W, another ring has it converted: kParts times half [kTileN][kTileK], and the inverses of the
+  // rows' scales. Measured: two stages are too few for hi and lo.
+  static constexpr int kConvertedStages = !kSharesW ? 0 : kParts == 2 ? 3 : 4;
+  static constexpr int kConvertedPartBytes = kTileN * kTileK * 2, kConvertedBytes = kParts * kConvertedPartBytes;
+  static constexpr int kInverseBytes = kTileN * 4;
+  static constexpr int kConvertedRingBytes = kConvertedStages * (kConvertedBytes + kInverseBytes);
+  static constexpr int kRoom = kMaxShared - kSumBytes - kConvertedRingBytes - 1024;  // 1024: barriers, and alignment
+  static constexpr int kXStages = kSharesW ? std::min(12, (kRoom - 2 * kWStageBytes) / kXStageBytes)
+                                           : std::min(12, kRoom / (kWStageBytes + kXStageBytes));
   static constexpr int kWStages = std::min(12, (kRoom - kXStages * kXStageBytes) / kWStageBytes);
-  static constexpr int kBarrierBytes = (2 * (kWStages + kXStages) + 1) * 8;
-  static constexpr int kSharedBytes = kWStages * kWStageBytes + kXStages * kXStageBytes + kSumBytes + kBarrierBytes;
-  // The compiler gives every thread 168 registers, the most that the register file allows for so many threads; what the
-  // producers' warpgroup lets go of goes to the consumers.
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-  static_assert(kProducerRegisters + kConsumerWarpgroups * kConsumerRegisters <= 168 * (1 + kConsumerWarpgroups),
+  static constexpr int kBarrierBytes = (2 * (kWStages + kXStages + kConvertedStages) + 1) * 8;
+  static constexpr int kSharedBytes =
+      kWStages * kWStageBytes + kXStages * kXStageBytes + kConvertedRingBytes + kSumBytes + kBarrierBytes;
+  static constexpr int kWarpgroups = 1 + kSharesW + kConsumerWarpgroups, kThreads = 128 * kWarpgroups;
+  // The compiler gives every thread as many registers as the register file has for so many, in multiples of 8; what the
+  // producers and converters let go of goes to the consumers.
+  static constexpr int kProducerRegisters = 24, kConverterRegisters = kPanels == 2 ? 72 : 104;
+  static constexpr int kConsumerRegisters = !kSharesW ? 240 : kPanels == 2 ? 208 : 192;
+  static_assert(kProducerRegisters + kSharesW * kConverterRegisters + kConsumerWarpgroups * kConsumerRegisters <=
+                    65536 / kThreads / 8 * 8 * kWarpgroups,
                 "or the consumers would wait for registers for ever");
   static_assert(kXStages >= 2 && kWStages >= 2 && kSharedBytes <= kMaxShared && kRows <= kMaxRows);
   static_assert(kXPartBytes / kSharers % 1024 == 0, "the swizzle repeats every 1024 bytes");
@@ -565,17 +603,12 @@ __device__ __forceinline__ float inverse_of(float scale) {
   return __uint_as_float((254u << 23) - __float_as_uint(scale));
 }
 
-// Two scaled numbers in fp16, packed as wgmma and shared memory want them: the first in the lower half.
-__device__ __forceinline__ uint32_t round2(float a, float b, float scale) {
-  const __half2 h = __floats2half2_rn(a * scale, b * scale);
-  return *reinterpret_cast<const uint32_t*>(&h);
-}
-// hi and lo of them.
+// Two scaled numbers as hi and lo, packed as wgmma and shared memory want them: the first in the lower half.
 __device__ __forceinline__ void split2(float a, float b, float scale, uint32_t& hi, uint32_t& lo) {
-  hi = round2(a, b, scale);
-  const float2 back = __half22float2(*reinterpret_cast<const __half2*>(&hi));
+  const __half2 h = __floats2half2_rn(a * scale, b * scale);
+  const float2 back = __half22float2(h);
   const __half2 l = __floats2half2_rn(a * scale - back.x, b * scale - back.y);
-  lo = *reinterpret_cast<const uint32_t*>(&l);
+  hi = reinterpret_cast<const uint32_t&>(h), lo = reinterpret_cast<const uint32_t&>(l);
 }
 
 // The entries of a row of x above 2^-12 of its largest, where they are few. They are left out of hi and lo, so that the
@@ -590,7 +623,7 @@ struct Outliers {
 struct SplitRows {
   int padded_k;          // k up to whole blocks
   __half *hi, *lo;       // [m, padded_k], in the order of k described above; lo is hi where there is one part
-  float* inverse_scale;  // [m up to a multiple of kMaxRows]; negative for a row with outliers
+  float* inverse_scale;  // [m up to a multiple of kPaddedRows]; negative for a row with outliers
   Outliers* outliers;    // [m], where inverse_scale is negative
 
   __host__ __device__ SplitRows(void* scratch, int64_t m, int64_t k, int parts)
@@ -599,7 +632,7 @@ struct SplitRows {
         lo(hi + (parts - 1) * m * padded_k),
         inverse_scale(reinterpret_cast<float*>(lo + m * padded_k)),
         outliers(reinterpret_cast<Outliers*>(inverse_scale + padded_m(m))) {}
-  __host__ __device__ static int64_t padded_m(int64_t m) { return (m + kMaxRows - 1) / kMaxRows * kMaxRows; }
+  __host__ __device__ static int64_t padded_m(int64_t m) { return (m + kPaddedRows - 1) / kPaddedRows * kPaddedRows; }
   static int64_t bytes(int64_t m, int64_t k, int parts) {
     const SplitRows split(nullptr, m, k, parts);
     return (reinterpret_cast<uintptr_t>(split.outliers + m) + 127) / 128 * 128;
@@ -656,24 +689,27 @@ __global__ void __launch_bounds__(kBlockThreads)
   for_each([&](float v) { largest = fmaxf(largest, fabsf(v)); });
   largest = reduce_max(largest, of_warp[0]);
   const float limit = largest * 0x1p-12f;  // Inf where an entry is Inf: no outliers then
-  float largest_below = 0;
-  int above = 0;
-  for_each([&](float v) {
-    if (fabsf(v) > limit)
-      ++above;
-    else
-      largest_below = fmaxf(largest_below, fabsf(v));
-  });
-  above = __reduce_add_sync(~0u, above);
-  if (threadIdx.x % 32 == 0 && above > 0) atomicAdd(&outlier_count, above);
-  largest_below = reduce_max(largest_below, of_warp[1]);
-  const bool has_outliers = kHasOutliers && outlier_count > 0 && outlier_count <= Outliers::kMax;
-  __syncthreads();  // everyone has read the count, which now counts those found
-  if (threadIdx.x == 0) outlier_count = 0;
-  float scale = scale_of(has_outliers ? largest_below : largest);
-  if (has_outliers && largest_below == 0) scale = 1;  // nothing else to scale: keep the outliers in range
+  float scale = scale_of(largest);
+  bool has_outliers = false;
+  if constexpr (kHasOutliers) {
+    float largest_below = 0;
+    int above = 0;
+    for_each([&](float v) {
+      if (fabsf(v) > limit)
+        ++above;
+      else
+        largest_below = fmaxf(largest_below, fabsf(v));
+    });
+    above = __reduce_add_sync(~0u, above);
+    if (threadIdx.x % 32 == 0 && above > 0) atomicAdd(&outlier_count, above);
+    largest_below = reduce_max(largest_below, of_warp[1]);
+    has_outliers = outlier_count > 0 && outlier_count <= Outliers::kMax;
+    if (has_outliers) scale = largest_below > 0 ? scale_of(largest_below) : 1;  // 1: nothing else to scale
+    __syncthreads();  // everyone has read the count, which now counts those found
+    if (threadIdx.x == 0) outlier_count = 0;
+    __syncthreads();
+  }
   if (threadIdx.x == 0) split.inverse_scale[blockIdx.x] = has_outliers ? -inverse_of(scale) : inverse_of(scale);
-  __syncthreads();
 
   // Thread q of four has k = 4q .. 4q+3 of a group of 16. The fragment's order wants its first two in the group's first
   // half and the others in the second; one exchange with the neighbour makes that 8 contiguous bytes per thread.
@@ -728,16 +764,18 @@ __global__ void __launch_bounds__(kBlockThreads)
 #endif
 }
 
-// Which tiles come when. Where blocks of a cluster share x they have tiles side by side along n. Clusters are numbered
+// Which tiles come when. Where blocks of a cluster share x they have tiles side by side along n, where W, along m.
+// Clusters are numbered
 // along m first, in groups of 1024 rows, then n: what runs at the same time shares W's tiles, which are the larger
 // traffic, and the group's part of x stays in the L2 cache.
 template <typename T> struct TileScheduler {
-  static constexpr int kGroupM = 1024 / T::kRows;
-  int tiles_m, clusters_n;
+  static constexpr int kClusterM = T::kRows * (T::kSharesW ? 2 : 1), kClusterN = kTileN * T::kSharers;
+  static constexpr int kGroupM = 1024 / kClusterM;
+  int clusters_m, clusters_n;
 
   __host__ __device__ TileScheduler(int m, int n)
-      : tiles_m((m + T::kRows - 1) / T::kRows), clusters_n((n + kTileN * T::kSharers - 1) / (kTileN * T::kSharers)) {}
-  __host__ __device__ int clusters() const { return tiles_m * clusters_n; }
+      : clusters_m((m + kClusterM - 1) / kClusterM), clusters_n((n + kClusterN - 1) / kClusterN) {}
+  __host__ __device__ int clusters() const { return clusters_m * clusters_n; }
 
 #ifdef HAS_SM90A
   // The tiles of this block, which is number `rank` of its cluster's `blocks`, one after the other: body(m0, n0) with
@@ -747,9 +785,10 @@ template <typename T> struct TileScheduler {
     const int per_group = kGroupM * clusters_n;
 #pragma unroll 1
     for (int index = blockIdx.x / blocks; index < clusters(); index += gridDim.x / blocks) {
-      const int first_m = index / per_group * kGroupM, size_m = min(kGroupM, tiles_m - first_m);
-      const int tile_m = first_m + index % per_group % size_m, cluster_n = index % per_group / size_m;
-      body(tile_m * T::kRows, (cluster_n * T::kSharers + (T::kSplitK ? 0 : int(rank))) * kTileN);
+      const int first_m = index / per_group * kGroupM, size_m = min(kGroupM, clusters_m - first_m);
+      const int cluster_m = first_m + index % per_group % size_m, cluster_n = index % per_group / size_m;
+      body(cluster_m * kClusterM + (T::kSharesW ? int(rank) * T::kRows : 0),
+           cluster_n * kClusterN + (T::kSharers > 1 ? int(rank) * kTileN : 0));
     }
   }
 #endif
@@ -781,7 +820,7 @@ template <int kStages> struct Ring {
 // A thread's part of float32 W in one block of 64 k: wgmma's four steps of 16 k, and the scales of its two rows, r and
 // r + 8.
 struct WBlock {
-  uint32_t step[4][8];  // as loaded: four consecutive k of row r, four of row r + 8; or split, see split_step
+  float step[4][8];  // four consecutive k of row r, four of row r + 8
   float scale[2];
 };
 
@@ -791,9 +830,8 @@ __device__ __forceinline__ void load_step(WBlock& block, int step, uint32_t addr
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float4 v = ld_shared_v4(address + half * (8 * 128));
-    uint32_t* to = block.step[step] + 4 * half;
-    to[0] = __float_as_uint(v.x), to[1] = __float_as_uint(v.y);
-    to[2] = __float_as_uint(v.z), to[3] = __float_as_uint(v.w);
+    float* to = block.step[step] + 4 * half;
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
   }
 }
 
@@ -804,7 +842,7 @@ __device__ __forceinline__ void load_step_transposed(WBlock& block, int step, ui
   for (int i = 0; i < 4; ++i) {  // k = 2q, 2q + 1, 2q + 8, 2q + 9
     const int k = step * 16 + i % 2 + i / 2 * 8;
     const float2 v = ld_shared_v2((i % 2 ? address ^ 16 : address) + k * 128);
-    block.step[step][i] = __float_as_uint(v.x), block.step[step][4 + i] = __float_as_uint(v.y);
+    block.step[step][i] = v.x, block.step[step][4 + i] = v.y;
   }
 }
 
@@ -812,29 +850,20 @@ __device__ __forceinline__ void load_step_transposed(WBlock& block, int step, ui
 __device__ __forceinline__ float scale_of_row(const WBlock& block, int half) {
   float largest = 0;
 #pragma unroll
-  for (int i = 0; i < 16; ++i) largest = fmaxf(largest, fabsf(__uint_as_float(block.step[i / 4][4 * half + i % 4])));
+  for (int i = 0; i < 16; ++i) largest = fmaxf(largest, fabsf(block.step[i / 4][4 * half + i % 4]));
   largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
   largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
   return scale_of(largest);
 }
 
-// A step's part of operand A: the four registers of wgmma's 64 x 16 fragment, hi, then lo. `fragment` may be the step.
-__device__ __forceinline__ void split_step(uint32_t (&fragment)[8], const WBlock& block, int step) {
-  uint32_t parts[8];
+// A step's part of operand A: the four registers of wgmma's 64 x 16 fragment, hi, then lo where there are two parts.
+template <int kParts> __device__ __forceinline__ void split_step(uint32_t* fragment, const WBlock& block, int step) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {  // row r or r + 8, the earlier two k or the later
-    const uint32_t* two = block.step[step] + 4 * (i % 2) + i / 2 * 2;
-    split2(__uint_as_float(two[0]), __uint_as_float(two[1]), block.scale[i % 2], parts[i], parts[4 + i]);
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) fragment[i] = parts[i];
-}
-// The same for hi alone.
-__device__ __forceinline__ void round_step(uint32_t (&fragment)[4], const WBlock& block, int step) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t* two = block.step[step] + 4 * (i % 2) + i / 2 * 2;
-    fragment[i] = round2(__uint_as_float(two[0]), __uint_as_float(two[1]), block.scale[i % 2]);
+    const float* two = block.step[step] + 4 * (i % 2) + i / 2 * 2;
+    uint32_t lo;
+    split2(two[0], two[1], block.scale[i % 2], fragment[i], lo);
+    if (kParts == 2) fragment[4 + i] = lo;
   }
 }
 
@@ -851,19 +880,24 @@ constexpr uint64_t kDescriptorUpper = uint64_t(1024 >> 4 | 1 << 30) << 32;
 #endif  // HAS_SM90A
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(T::kThreads, 1)
     linear_kernel(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_map,
                   const __grid_constant__ CUtensorMap x_lo_map, const __grid_constant__ Arguments args) {
 #ifdef HAS_SM90A
   using Element = typename T::Element;
-  constexpr int kPanels = T::kPanels, kWStages = T::kWStages, kXStages = T::kXStages;
+  constexpr int kFirstConsumer = T::kThreads / 32 - kConsumerWarps;
+  constexpr int kPanels = T::kPanels, kWStages = T::kWStages, kXStages = T::kXStages,
+                kConvertedStages = T::kConvertedStages;
   extern __shared__ __align__(1024) uint8_t shared_memory[];  // the swizzle repeats every 1024 bytes
   const uint32_t w_stages = shared_address(shared_memory), x_stages = w_stages + kWStages * T::kWStageBytes;
-  const uint32_t sums = x_stages + kXStages * T::kXStageBytes;  // what blocks that share a tile send this one
+  const uint32_t converted = x_stages + kXStages * T::kXStageBytes;  // converted W, and behind it the scales' inverses
+  const uint32_t inverses = converted + kConvertedStages * T::kConvertedBytes;
+  const uint32_t sums = converted + T::kConvertedRingBytes;  // what blocks that share a tile send this one
   const uint32_t w_full = sums + T::kSumBytes, w_empty = w_full + 8 * kWStages;
   const uint32_t x_full = w_empty + 8 * kWStages, x_empty = x_full + 8 * kXStages;
-  const uint32_t sums_full = x_empty + 8 * kXStages;
-  const uint32_t rank = cluster_ctarank(), blocks = T::kSplitK ? cluster_nctarank() : T::kSharers;
+  const uint32_t converted_full = x_empty + 8 * kXStages, converted_empty = converted_full + 8 * kConvertedStages;
+  const uint32_t sums_full = converted_empty + 8 * kConvertedStages;
+  const uint32_t rank = cluster_ctarank(), blocks = T::kSplitK ? cluster_nctarank() : T::kClusterBlocks;
   // Through a shuffle, so that the compiler knows it to be the same in the whole warp and keeps what follows from it
   // in uniform registers.
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
@@ -876,7 +910,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < kWStages; ++i) {
       mbarrier_init(w_full + 8 * i, 1);
-      mbarrier_init(w_empty + 8 * i, kConsumerWarps);
+      mbarrier_init(w_empty + 8 * i, T::kSharesW ? kConverterWarps : kConsumerWarps);
+    }
+    for (int i = 0; i < kConvertedStages; ++i) {
+      mbarrier_init(converted_full + 8 * i, 32 * kConverterWarps);
+      mbarrier_init(converted_empty + 8 * i, kConsumerWarps * T::kClusterBlocks);
     }
     for (int i = 0; i < kXStages; ++i) {
       mbarrier_init(x_full + 8 * i, 1);
@@ -900,7 +938,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int k_begin = T::kSplitK ? int(int64_t(all_blocks) * rank / blocks) : 0;
   const int k_end = T::kSplitK ? int(int64_t(all_blocks) * (rank + 1) / blocks) : all_blocks;
 
-  if (warp < 4) {  // ------------------------------------------------------------ producer
+  if (warp < 4) {  // ------------------------------------------------------------ producers
     setmaxnreg_dec<T::kProducerRegisters>();
     if (lane == 0 && warp < 2) {
       auto issue_w = [&](int n0, int k_block, Ring<kWStages> ring) {
@@ -908,6 +946,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         mbarrier_wait(w_empty + 8 * ring.stage, ring.phase ^ 1);
         mbarrier_arrive_expect_tx(barrier, T::kWStageBytes);
         const int k0 = k_block * kTileK;
+        if (T::kSharesW) n0 += int(rank) * T::kWRows;  // this block's half
         for (int box = 0; box < T::kWBoxes; ++box)
           cp_async_bulk_tensor_2d(to + box * T::kWBoxRows * 128, &w_map,
                                   T::kTransposedW ? n0 + box * 32 : k0 + box * 32, T::kTransposedW ? k0 : n0, barrier,
@@ -915,8 +954,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       };
       auto issue_x = [&](int m0, int k_block, Ring<kXStages> ring) {  // this block's slice, for all that share it
         constexpr int rows = T::kPanelM / T::kSharers;
-        const int slice = T::kSplitK ? 0 : int(rank) * rows;
-        const uint16_t sharers = T::kSplitK ? 1 << rank : (1 << T::kSharers) - 1;
+        const int slice = T::kSharers == 1 ? 0 : int(rank) * rows;
+        const uint16_t sharers = T::kSharers == 1 ? 1 << rank : (1 << T::kSharers) - 1;
         const uint32_t barrier = x_full + 8 * ring.stage;
         const uint32_t to = x_stages + ring.stage * T::kXStageBytes + slice * 128;
         mbarrier_wait(x_empty + 8 * ring.stage, ring.phase ^ 1);
@@ -946,40 +985,173 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     __syncwarp();  // the other lanes have waited here
     if (T::kSplitK) barrier_cluster_wait();
+  } else if (warp < kFirstConsumer) {  // --------------------------------------------- converters
+    if constexpr (T::kSharesW) {
+      setmaxnreg_dec<T::kConverterRegisters>();
+      // Each warp converts 16 of this block's rows of W, a thread half a row, and sends them to the other block too.
+      constexpr int kWarpRows = T::kWRows / kConverterWarps, kHalf = kTileK / 2;
+      const int first_row = (warp - 4) * kWarpRows, row = first_row + lane / 2, swizzle = row % 8, half = lane % 2;
+      Ring<kWStages> w_ring;
+      Ring<kConvertedStages> ring;
+      TileScheduler<T>(args.m, args.n).for_each_tile(rank, blocks, [&](int, int) {
+        float scale = scale_of(0);
+#pragma unroll 1
+        for (int k_block = k_begin; k_block < k_end; ++k_block, w_ring.advance(), ring.advance()) {
+          const uint32_t w_stage = w_stages + w_ring.stage * T::kWStageBytes;
+          float v[kHalf];
+          mbarrier_wait(w_full + 8 * w_ring.stage, w_ring.phase);
+          // So that the threads of a load touch all banks, those of the second half take its four k, or its chunks of
+          // 16 bytes, in another order.
+          if constexpr (T::kTransposedW) {
+            const uint32_t from =
+                (w_stage + (row / 32 * kTileK + half * kHalf) * 128 + row % 32 * 4) ^ half * 4 * (128 + 16);
+#pragma unroll
+            for (int k = 0; k < kHalf; ++k) v[k] = ld_shared((from ^ k % 8 * (128 + 16)) + k / 8 * 1024);
+          } else {
+            const uint32_t from = w_stage + (half * T::kWRows + row) * 128 + (half * 4 ^ swizzle) * 16;
+#pragma unroll
+            for (int i = 0; i < kHalf / 4; ++i) {
+              const float4 four = ld_shared_v4(from ^ i * 16);
+              v[4 * i] = four.x, v[4 * i + 1] = four.y, v[4 * i + 2] = four.z, v[4 * i + 3] = four.w;
+            }
+          }
+          float largest = 0;
+#pragma unroll
+          for (int k = 0; k < kHalf; ++k) largest = fmaxf(largest, fabsf(v[k]));
+          const float needed = scale_of(fmaxf(largest, __shfl_xor_sync(~0u, largest, 1)));
+          // Where sums of all blocks share a scale it only shrinks, and by more than it must, so that somewhat larger
+          // entries to come need no smaller one.
+          scale = T::kPromotes ? needed : needed < scale ? 0.25f * needed : scale;
+          __syncwarp();
+          if (lane == 0 && is_known(scale)) mbarrier_arrive(w_empty + 8 * w_ring.stage);
+          uint32_t parts[2][kHalf / 2];
+#pragma unroll
+          for (int i = 0; i < kHalf / 2; ++i) split2(v[2 * i], v[2 * i + 1], scale, parts[0][i], parts[1][i]);
+
+          const uint32_t stage = converted + ring.stage * T::kConvertedBytes + rank * (T::kWRows * 128);
+          const uint32_t stage_inverses = inverses + ring.stage * T::kInverseBytes + rank * (T::kWRows * 4);
+          mbarrier_wait(converted_empty + 8 * ring.stage, ring.phase ^ 1);
+#pragma unroll
+          for (int part = 0; part < T::kParts; ++part)
+#pragma unroll
+            for (int i = 0; i < kHalf / 8; ++i) {  // chunks of eight k
+              const uint32_t* v4 = parts[part] + 4 * i;
+              const bool swapped = T::kTransposedW && half;
+              const uint32_t chunk[4] = {swapped ? v4[2] : v4[0], swapped ? v4[3] : v4[1], swapped ? v4[0] : v4[2],
+                                         swapped ? v4[1] : v4[3]};
+              const int at = half * 4 + (T::kTransposedW ? i : i ^ half * 2);
+              st_shared_v4(stage + part * T::kConvertedPartBytes + row * 128 + (at ^ swizzle) * 16, chunk);
+            }
+          if (half == 0) st_shared(stage_inverses + row * 4, inverse_of(scale));
+          fence_proxy_async_shared();
+          __syncwarp();
+          // Every thread arrives for what it has stored, the first also for what the other block sends, and sends
+          // itself.
+          const uint32_t barrier = converted_full + 8 * ring.stage, other = rank ^ 1;
+          if (lane > 0) {
+            mbarrier_arrive(barrier);
+          } else {
+            mbarrier_arrive_expect_tx(barrier, T::kParts * kWarpRows * 128 + kWarpRows * 4);
+            auto send = [&](uint32_t from, int bytes) {
+              cp_async_bulk_shared(mapa(from, other), from, bytes, mapa(barrier, other));
+            };
+            for (int part = 0; part < T::kParts; ++part)
+              send(stage + part * T::kConvertedPartBytes + first_row * 128, kWarpRows * 128);
+            send(stage_inverses + first_row * 4, kWarpRows * 4);
+          }
+        }
+      });
+    }
   } else {  // ------------------------------------------------------------------- consumers
     setmaxnreg_inc<T::kConsumerRegisters>();
     griddepcontrol_wait();  // for inverse_scale
-    const int consumer = warp / 4 - 1, r = lane / 4, q = lane % 4;
+    const int consumer = (warp - kFirstConsumer) / 4, r = lane / 4, q = lane % 4;
     // W's row that is the fragment's row r; row r + 8 is kColumnStep further. Float32: 0 4 1 5 2 6 3 7 of eight, so
     // that the eight lanes that load 16 bytes together touch all banks under the swizzle, where rows r and r + 1 would
     // collide. Transposed: rows r and r + 8 are neighbours, for loads of 8 bytes.
     auto row_of = [&](int r_) {
-      const int in_warp = T::kTransposedW ? 2 * r_ : T::kFromRegisters ? r_ / 2 + r_ % 2 * 4 : r_;
-      return (warp - 4) * 16 + in_warp;
+      const int in_warp = !T::kFromRegisters ? r_ : T::kTransposedW ? 2 * r_ : r_ / 2 + r_ % 2 * 4;
+      return (warp - kFirstConsumer) * 16 + in_warp;
     };
 
     // [groups of 8 m][row r, row r + 8][m = 2q, 2q + 1], written [4 * groups]
     float total[T::kRows / 2];
-    Ring<kWStages> w_ring;
+    // W's ring as the consumers see it: of what the converters make, where there are any.
+    using WRing = Ring<T::kSharesW ? kConvertedStages : kWStages>;
+    constexpr int kStageBytes = T::kSharesW ? T::kConvertedBytes : T::kWStageBytes;
+    const uint32_t stages = T::kSharesW ? converted : w_stages;
+    const uint32_t full = T::kSharesW ? converted_full : w_full, empty = T::kSharesW ? converted_empty : w_empty;
+    WRing w_ring;
     Ring<kXStages> x_ring;
-    auto wait_for_w = [&] { mbarrier_wait(w_full + 8 * w_ring.stage, w_ring.phase); };
+    auto wait_for_w = [&] { mbarrier_wait(full + 8 * w_ring.stage, w_ring.phase); };
     auto wait_for_x = [&] { mbarrier_wait(x_full + 8 * x_ring.stage, x_ring.phase); };
-    auto release_w = [&](Ring<kWStages>& ring, bool is_read = true) {
-      if (lane == 0 && is_read) mbarrier_arrive(w_empty + 8 * ring.stage);
+    auto release_w = [&](WRing& ring, bool is_read = true) {
+      if (!T::kSharesW && lane == 0 && is_read) mbarrier_arrive(empty + 8 * ring.stage);
+      if (T::kSharesW && lane < T::kClusterBlocks && is_read) mbarrier_arrive_remote(empty + 8 * ring.stage, lane);
       ring.advance();
     };
     auto release_x = [&](Ring<kXStages>& ring) {
-      if (T::kSplitK && lane == 0) mbarrier_arrive(x_empty + 8 * ring.stage);
-      if (!T::kSplitK && lane < T::kSharers) mbarrier_arrive_remote(x_empty + 8 * ring.stage, lane);
+      if (T::kSharers == 1 && lane == 0) mbarrier_arrive(x_empty + 8 * ring.stage);
+      if (T::kSharers > 1 && lane < T::kSharers) mbarrier_arrive_remote(x_empty + 8 * ring.stage, lane);
       ring.advance();
     };
 
-    auto scale_total = [&](float row_r, float row_r8) {
+    // ---- products of a block of float32 W and a panel, added up apart and then added to the total
+    float partial[T::kPromotes ? T::kPanelM / 2 : 1];
+    auto add_partial = [&](float* to, const float (&inverse)[2]) {
 #pragma unroll
-      for (int i = 0; i < T::kRows / 2; ++i) total[i] *= i / 2 % 2 ? row_r8 : row_r;
+      for (int i = 0; i < T::kPanelM / 2; ++i) to[i] = fmaf(partial[i], inverse[i / 2 % 2], to[i]);
+    };
+    // The two warpgroups take turns to begin a panel: while one is between two, with nothing in the tensor cores, the
+    // other is not.
+    const int my_turn = 1 + consumer, other_turn = 2 - consumer;
+    auto await_turn = [&] {
+      if (T::kTakesTurns) bar_sync(my_turn, kConsumerThreads);
+    };
+    auto give_turn = [&] {
+      if (T::kTakesTurns) bar_arrive(other_turn, kConsumerThreads);
+    };
+    if (consumer == 1) give_turn();
+
+    // ---- from what the converters make
+    auto load_inverses = [&](float (&inverse)[2]) {
+      const uint32_t from = inverses + w_ring.stage * T::kInverseBytes + row_of(r) * 4;
+      inverse[0] = ld_shared(from), inverse[1] = ld_shared(from + T::kColumnStep * 4);
+    };
+    [[maybe_unused]] auto multiply_converted = [&] {
+#pragma unroll
+      for (int i = 0; i < T::kRows / 2; ++i) total[i] = 0;
+#pragma unroll 1
+      for (int left = k_end - k_begin; left > 0; --left) {
+        wait_for_w();
+        float inverse[2];
+        load_inverses(inverse);
+        const uint32_t w_hi = matrix_descriptor(stages + w_ring.stage * kStageBytes + consumer * (64 * 128));
+#pragma unroll
+        for (int panel = 0; panel < kPanels; ++panel) {
+          wait_for_x();
+          const uint32_t x_hi = matrix_descriptor(x_stages + x_ring.stage * T::kXStageBytes);
+          await_turn();
+          wgmma_fence();
+#pragma unroll
+          for (int step = 0; step < 4; ++step) {  // 16 k are 32 bytes, which is 2 in a descriptor
+            const uint64_t a_hi = kDescriptorUpper | (w_hi + 2 * step), a_lo = a_hi + T::kConvertedPartBytes / 16;
+            const uint64_t b_hi = kDescriptorUpper | (x_hi + 2 * step), b_lo = b_hi + T::kXPartBytes / 16;
+            Wgmma<T::kPanelM>::template multiply<__half>(partial, a_lo, b_hi, step > 0);
+            Wgmma<T::kPanelM>::template multiply<__half>(partial, a_hi, b_lo, 1);
+            Wgmma<T::kPanelM>::template multiply<__half>(partial, a_hi, b_hi, 1);
+          }
+          wgmma_commit_group();
+          give_turn();
+          wgmma_wait_group<0>();
+          release_x(x_ring);
+          if (panel == kPanels - 1) release_w(w_ring, __all_sync(~0u, inverse[0] > 0 && inverse[1] > 0));  // always
+          add_partial(total + panel * (T::kPanelM / 2), inverse);
+        }
+      }
     };
 
-    // ---- float32 W, in registers
+    // ---- from registers, converted here
     WBlock w;
     // The thread's first bytes in a stage. Transposed: in row k = 2q of the box that has the warp's columns.
     const uint32_t w_address =
@@ -995,47 +1167,26 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     // The scales of what was loaded, after which the stage is given back. They need all of it, and the release is made
     // to depend on them: issued right behind the loads, it would overtake those that wait behind queued wgmmas.
-    auto find_scales = [&](float (&scale)[2]) {
-      scale[0] = scale_of_row(w, 0), scale[1] = scale_of_row(w, 1);
-      const bool is_read = opaque(__float_as_uint(scale[0]) | __float_as_uint(scale[1])) != 0;  // always
+    auto find_scales = [&] {
+      w.scale[0] = scale_of_row(w, 0), w.scale[1] = scale_of_row(w, 1);
       __syncwarp();
-      release_w(w_ring, is_read);
+      release_w(w_ring, is_known(w.scale[0]) && is_known(w.scale[1]));
     };
-
-    // ---- kSplit: products of a block of W and a panel
-    float partial[T::kOperands == Operands::kSplit ? T::kPanelM / 2 : 1];
-    auto multiply_step = [&](const uint32_t (&fragment)[8], int step) {
-      // 16 k are 32 bytes, which is 2 in a descriptor.
+    // While the tensor cores multiply one step, this warp splits the next and loads the next block into the registers
+    // that become free. A block is entered with its scale known and step 0 split.
+    uint32_t fragments[2][4 * T::kParts];  // one is multiplied while the other is made
+    auto multiply_step = [&](const uint32_t* fragment, int step) {
       const uint32_t x_hi = matrix_descriptor(x_stages + x_ring.stage * T::kXStageBytes) + 2 * step;
-      const uint32_t x_lo = x_hi + T::kXPartBytes / 16;
-      const uint32_t *hi = fragment, *lo = fragment + 4;
-      Wgmma<T::kPanelM>::multiply(partial, lo, kDescriptorUpper | x_hi, step > 0);
-      Wgmma<T::kPanelM>::multiply(partial, hi, kDescriptorUpper | x_lo, 1);
-      Wgmma<T::kPanelM>::multiply(partial, hi, kDescriptorUpper | x_hi, 1);
+      if (T::kParts == 2) {
+        const uint32_t* lo = fragment + 4;
+        Wgmma<T::kPanelM>::multiply(partial, lo, kDescriptorUpper | x_hi, step > 0);
+        Wgmma<T::kPanelM>::multiply(partial, fragment, kDescriptorUpper | (x_hi + T::kXPartBytes / 16), 1);
+      }
+      Wgmma<T::kPanelM>::multiply(partial, fragment, kDescriptorUpper | x_hi, T::kParts == 2 || step > 0);
       wgmma_commit_group();
     };
-    auto add_partial = [&](float* to, float scale_r, float scale_r8) {
-      const float inverse[2] = {inverse_of(scale_r), inverse_of(scale_r8)};
-#pragma unroll
-      for (int i = 0; i < T::kPanelM / 2; ++i) to[i] = fmaf(partial[i], inverse[i / 2 % 2], to[i]);
-    };
-
-    // The two warpgroups take turns to begin a panel: while one is between two, with nothing in the tensor cores, the
-    // other is not.
-    const int my_turn = 1 + consumer, other_turn = 2 - consumer;
-    auto await_turn = [&] {
-      if (T::kTakesTurns) bar_sync(my_turn, kConsumerThreads);
-    };
-    auto give_turn = [&] {
-      if (T::kTakesTurns) bar_arrive(other_turn, kConsumerThreads);
-    };
-    if (consumer == 1) give_turn();
-
-    // Tiles of one panel: a block of W, entered with its scale known and step 0 split. While the tensor cores multiply
-    // one step, this warp splits the next and loads the next block into the registers that become free.
-    uint32_t fragments[2][8];  // one is multiplied while the other is made
-    auto multiply_split_block = [&](bool has_next) {
-      const float scale[2] = {w.scale[0], w.scale[1]};
+    auto multiply_block = [&](bool has_next) {
+      const float inverse[2] = {inverse_of(w.scale[0]), inverse_of(w.scale[1])};
       wait_for_x();
       if (has_next) wait_for_w();
       await_turn();
@@ -1046,173 +1197,87 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (step == 2) give_turn();
         if (step < 3) {
           if (step > 0) wgmma_wait_group<1>();  // the step before, which read the other fragment, is done
-          split_step(fragments[(step + 1) % 2], w, step + 1);
+          split_step<T::kParts>(fragments[(step + 1) % 2], w, step + 1);
         }
         if (has_next) load_w(step);
       }
       if (has_next) {
-        find_scales(w.scale);
+        find_scales();
         wgmma_wait_group<1>();
-        split_step(fragments[0], w, 0);
+        split_step<T::kParts>(fragments[0], w, 0);
       }
       wgmma_wait_group<0>();
       release_x(x_ring);
-      add_partial(total, scale[0], scale[1]);
+      add_partial(total, inverse);
     };
-
-    // Tiles of two panels: one panel times a block of W, which is split already. With the second panel each step's
-    // registers are loaded with the next block as soon as it is multiplied; what else that block needs falls into the
-    // other warpgroup's turn.
-    auto multiply_panel = [&](auto panel_constant, bool has_next) {
-      constexpr int panel = decltype(panel_constant)::value;
-      constexpr bool last = panel == 1;
-      wait_for_x();
-      if (last && has_next) wait_for_w();
-      await_turn();
-      wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < 4; ++step) multiply_step(w.step[step], step);
-      give_turn();
-      if (last) {
-        wgmma_wait_group<3>();
-        if (has_next) load_w(0);
-        wgmma_wait_group<2>();
-        if (has_next) load_w(1);
-        wgmma_wait_group<1>();
-        if (has_next) load_w(2);
-      }
-      wgmma_wait_group<0>();
-      release_x(x_ring);
-      if (last && has_next) load_w(3);
-      add_partial(total + panel * (T::kPanelM / 2), w.scale[0], w.scale[1]);
-      if (last && has_next) {
-        find_scales(w.scale);
-#pragma unroll
-        for (int step = 0; step < 4; ++step) split_step(w.step[step], w, step);
-      }
-    };
-
-    auto multiply_split = [&] {
+    [[maybe_unused]] auto multiply_converting = [&] {
 #pragma unroll
       for (int i = 0; i < T::kRows / 2; ++i) total[i] = 0;
       wait_for_w();
 #pragma unroll
       for (int step = 0; step < 4; ++step) load_w(step);
-      find_scales(w.scale);
-      if constexpr (kPanels == 1) {
-        split_step(fragments[0], w, 0);
+      find_scales();
+      split_step<T::kParts>(fragments[0], w, 0);
 #pragma unroll 1
-        for (int left = k_end - k_begin; left > 0; --left) multiply_split_block(left > 1);
-      } else {
-#pragma unroll
-        for (int step = 0; step < 4; ++step) split_step(w.step[step], w, step);
-#pragma unroll 1
-        for (int left = k_end - k_begin; left > 0; --left) {
-          multiply_panel(std::integral_constant<int, 0>(), left > 1);
-          multiply_panel(std::integral_constant<int, 1>(), left > 1);
-        }
-      }
+      for (int left = k_end - k_begin; left > 0; --left) multiply_block(left > 1);
     };
 
-    // ---- kRounded: while a block is multiplied, the next one is loaded and rounded
-    auto multiply_rounded = [&] {
-      uint32_t rounded[2][4][4];  // one is multiplied while the other is made
-      Ring<kXStages> x_done = x_ring;
-      auto load_block = [&] {
-        wait_for_w();
+    // ---- the tensor core adds up all of K, both operands from shared memory; a block is released when the next one's
+    // products are issued
+    auto scale_total = [&](float row_r, float row_r8) {
 #pragma unroll
-        for (int step = 0; step < 4; ++step) load_w(step);
-      };
-      // A block's larger entries may need smaller scales, by some factor: 1 mostly.
-      auto rescale = [&](float (&factor)[2]) {
-        float needed[2];
-        find_scales(needed);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          factor[half] = 1;
-          if (needed[half] >= w.scale[half]) continue;
-          needed[half] *= 0.25f;  // so that somewhat larger entries to come need no smaller scale
-          factor[half] = needed[half] * inverse_of(w.scale[half]);
-          w.scale[half] = needed[half];
-        }
-      };
-      auto round_block = [&](uint32_t (&fragments)[4][4]) {
-#pragma unroll
-        for (int step = 0; step < 4; ++step) round_step(fragments[step], w, step);
-      };
-      auto multiply_rounded_block = [&](auto parity, bool is_first, bool has_next) {
-        constexpr int now = decltype(parity)::value;
-        wait_for_x();
-        if (has_next) load_block();  // before this block's wgmmas, behind which it would wait
-        const uint32_t x = matrix_descriptor(x_stages + x_ring.stage * T::kXStageBytes);
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < 4; ++step)
-          Wgmma<T::kPanelM>::multiply(total, rounded[now][step], kDescriptorUpper | (x + 2 * step), 1);
-        wgmma_commit_group();
-        x_ring.advance();
-        float factor[2];
-        if (has_next) rescale(factor);
-        wgmma_wait_group<1>();  // the block before, whose fragments and stage are then free
-        if (!is_first) release_x(x_done);
-        if (!has_next) return;
-        // wgmma wants whole warpgroups to branch alike; the vote tells the compiler that the warp does.
-        if (__any_sync(~0u, bar_red_or(1 + consumer, 128, factor[0] != 1 || factor[1] != 1))) {
-          wgmma_wait_group<0>();
-          scale_total(factor[0], factor[1]);
-        }
-        round_block(rounded[1 - now]);
-      };
-      w.scale[0] = w.scale[1] = 0x1p126f;  // scale_of's largest
-      float factor[2];
-      load_block();
-      rescale(factor);
-      round_block(rounded[0]);
-#pragma unroll
-      for (int i = 0; i < T::kRows / 2; ++i) total[i] = 0;
-#pragma unroll 1
-      for (int k_block = k_begin; k_block < k_end; k_block += 2) {
-        multiply_rounded_block(std::integral_constant<int, 0>(), k_block == k_begin, k_block + 1 < k_end);
-        if (k_block + 1 < k_end) multiply_rounded_block(std::integral_constant<int, 1>(), false, k_block + 2 < k_end);
-      }
-      wgmma_wait_group<0>();
-      release_x(x_done);
-      scale_total(inverse_of(w.scale[0]), inverse_of(w.scale[1]));
+      for (int i = 0; i < T::kRows / 2; ++i) total[i] *= i / 2 % 2 ? row_r8 : row_r;
     };
-
-    // ---- 16-bit W: both operands from shared memory; a block is released when the next one's products are issued
-    auto multiply_shared = [&] {
-      Ring<kWStages> w_done = w_ring;
+    [[maybe_unused]] auto multiply_whole = [&] {
+      WRing w_done = w_ring;
       Ring<kXStages> x_done = x_ring;
+      [[maybe_unused]] float inverse[2];
 #pragma unroll 1
       for (int k_block = k_begin; k_block < k_end; ++k_block) {
         wait_for_w();
-        wait_for_x();
-        const uint32_t a = matrix_descriptor(w_stages + w_ring.stage * T::kWStageBytes + consumer * (64 * 128));
-        const uint32_t x = matrix_descriptor(x_stages + x_ring.stage * T::kXStageBytes);
-        wgmma_fence();
+        if constexpr (T::kSharesW) {  // a larger entry of W may have made a scale smaller
+          float now[2];
+          load_inverses(now);
+          const bool differs = k_block > k_begin && (now[0] != inverse[0] || now[1] != inverse[1]);
+          if (__any_sync(~0u, differs)) {
+            wgmma_wait_group<0>();
+            scale_total(inverse[0] * inverse_of(now[0]), inverse[1] * inverse_of(now[1]));
+          }
+          inverse[0] = now[0], inverse[1] = now[1];
+        }
+        const uint32_t a = matrix_descriptor(stages + w_ring.stage * kStageBytes + consumer * (64 * 128));
 #pragma unroll
-        for (int step = 0; step < 4; ++step)
-          Wgmma<T::kPanelM>::template multiply<typename T::WElement>(total, kDescriptorUpper | (a + 2 * step),
-                                                                     kDescriptorUpper | (x + 2 * step),
-                                                                     k_block > k_begin || step > 0);
-        wgmma_commit_group();
+        for (int panel = 0; panel < kPanels; ++panel) {
+          wait_for_x();
+          const uint32_t x = matrix_descriptor(x_stages + x_ring.stage * T::kXStageBytes);
+          wgmma_fence();
+#pragma unroll
+          for (int step = 0; step < 4; ++step)
+            Wgmma<T::kPanelM>::template multiply<typename T::Multiplied>(
+                total + panel * (T::kPanelM / 2), kDescriptorUpper | (a + 2 * step), kDescriptorUpper | (x + 2 * step),
+                k_block > k_begin || step > 0);
+          wgmma_commit_group();
+          x_ring.advance();
+          wgmma_wait_group<1>();
+          if (panel == 0 && k_block == k_begin) continue;
+          if (panel == 0) release_w(w_done);
+          release_x(x_done);
+        }
         w_ring.advance();
-        x_ring.advance();
-        wgmma_wait_group<1>();
-        if (k_block == k_begin) continue;
-        release_w(w_done);
-        release_x(x_done);
       }
       wgmma_wait_group<0>();
       release_w(w_done);
       release_x(x_done);
+      if constexpr (T::kSharesW) scale_total(inverse[0], inverse[1]);
     };
 
     TileScheduler<T>(args.m, args.n).for_each_tile(rank, blocks, [&](int m0, int n0) {
-      if constexpr (T::kOperands == Operands::kSplit) multiply_split();
-      if constexpr (T::kOperands == Operands::kRounded) multiply_rounded();
-      if constexpr (!T::kFromRegisters) multiply_shared();
+      if constexpr (!T::kPromotes)
+        multiply_whole();
+      else if constexpr (T::kSharesW)
+        multiply_converted();
+      else
+        multiply_converting();
 
       // Epilogue. The thread's columns of out are n_of(r, 0) and n_of(r, 1).
       constexpr int kRowsAtOnce = T::kRows < 128 ? T::kRows : 128;  // of float32 epilogues
@@ -1342,7 +1407,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         if constexpr (T::kIsFloat) {
           constexpr int kElements = kRowsAtOnce / 2;
           const float* all_x = static_cast<const float*>(args.x);
-          const bool is_aligned = (T::kFromRegisters && !T::kTransposedW) || args.is_aligned;
+          const bool is_aligned = (T::kConvertsW && !T::kTransposedW) || args.is_aligned;
           auto load_w_four = [&](int n, int k) {
             if (!T::kTransposedW) return load_four(w_at(n, 0), k, args.k, is_aligned);
             auto w_or_zero = [&](int k_) { return k_ < args.k ? *w_at(n, k_) : 0; };
@@ -1408,7 +1473,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         // Every block adds up what all have for its groups of rows, in the order of k. So all send it theirs, as
         // [other block][group of the receiver's][thread][4]. Its own it keeps as [group][thread][4] where W's ring was:
         // st.async is not defined where a cluster has one block.
-        const uint32_t mine = 16 * (threadIdx.x - (kThreads - kConsumerThreads));
+        const uint32_t mine = 16 * (threadIdx.x - (T::kThreads - kConsumerThreads));
         const auto own = [&](int group) { return w_stages + group * kGroupBytes + mine; };
         const auto sent = [&](int from, int to, int group) {
           return sums + ((from - (from > to)) * groups_per_block + group) * kGroupBytes + mine;
@@ -1515,7 +1580,7 @@ template <typename T> struct Launch {
     attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;  // start while split_rows_kernel runs out
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = unsigned(clusters) * blocks_per_cluster;
-    config.blockDim = kThreads;
+    config.blockDim = T::kThreads;
     config.dynamicSmemBytes = T::kSharedBytes;
     config.stream = stream;
     config.attrs = attributes;
@@ -1531,7 +1596,7 @@ template <typename T> static cudaError_t prepare_kernel(int device, int* cluster
   const auto kernel = linear_kernel<T>;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedBytes);
   if (error != cudaSuccess) return error;
-  const Launch<T> launch(1, T::kSharers);
+  const Launch<T> launch(1, T::kClusterBlocks);
   error = cudaOccupancyMaxActiveClusters(clusters, kernel, &launch.config);
   if (error == cudaSuccess && *clusters == 0) error = cudaErrorInvalidConfiguration;
   if (error == cudaSuccess && device < 64) known[device].store(*clusters);
@@ -1550,7 +1615,8 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
   if constexpr (T::kIsFloat)
     if (error == cudaSuccess)
       error = launch_split_rows<T::kSplitK ? 512 : 256, T::kParts, true>(
-          args.x, args.x_stride, args.x_split, args.m, T::kRows, args.k, args.is_aligned, T::kTransposedW, stream);
+          args.x, args.x_stride, args.x_split, args.m, TileScheduler<T>::kClusterM, args.k, args.is_aligned,
+          T::kTransposedW || T::kSharesW, stream);
   CUtensorMap w_map, x_map, x_lo_map;
   // Measured: without promotion 1 us less where W is only read once, 0.2 % more elsewhere.
   constexpr auto promotion = T::kSplitK ? CU_TENSOR_MAP_L2_PROMOTION_NONE : CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
@@ -1576,7 +1642,7 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
   if (error == cudaSuccess) error = prepare_kernel<T>(device, &resident);
   if (error != cudaSuccess) return error;
   const int clusters = TileScheduler<T>(args.m, args.n).clusters();
-  const Launch<T> launch(T::kSplitK ? clusters : std::min(resident, clusters), T::kSplitK ? splits : T::kSharers,
+  const Launch<T> launch(T::kSplitK ? clusters : std::min(resident, clusters), T::kSplitK ? splits : T::kClusterBlocks,
                          stream);
   error = cudaLaunchKernelEx(&launch.config, linear_kernel<T>, w_map, x_map, x_lo_map, args);
   return error != cudaSuccess ? error : cudaGetLastError();

@@ -316,7 +316,8 @@ def select_tile(precision, m, n, k):
     """How kernels.cu serves x [m, k], W [n, k] on Hopper: (kernel, rows, splits), or None where the library does.
 
     precision: "float32", "tf32" or "16 bit". kernel: a name that `select_kernel` returns. rows: of out that a block
-    computes, by 128 columns. splits: blocks that share a tile, each with a part of K; 0 where pairs of blocks share x.
+    computes, by 128 columns. splits: blocks that share a tile, each with a part of K; 0 where pairs of blocks share an
+    operand.
 
     Each rule is from times on an H200 of every tile beside the library's GEMM and fused epilogue, in CUDA graphs: M
     from 1 to 1024 with fifteen (K, N) from (1024, 512) to (16384, 4096), and larger M before.
@@ -330,7 +331,7 @@ def select_tile(precision, m, n, k):
     tile = min(_tiles(precision, m, n, k), key=lambda tile: _microseconds(m, n, k, *tile))
     kernel, rows, splits = tile
     # Whether enough SMs have work to stream W at full rate.
-    is_full = _blocks(m, n, rows, splits) >= 120
+    is_full = _blocks(m, n, *tile) >= 120
     if precision == "float32":
         # SGEMM is behind everywhere, but its GEMV, which serves one row, only where W is large and all SMs read it.
         # Below K = 256 it is more accurate, and up to 512 its error is about the kernel's.
@@ -340,15 +341,16 @@ def select_tile(precision, m, n, k):
         if not aligned:
             tile = "fp16x1_staged", 256, 0
             serves = m >= 200 and work >= 2**33
-        elif m <= 64:
+        elif m <= 128 and (m <= 64 or k >= 2 * n):
             # For a row cuBLAS has its GEMV; for more than 32 it streams W as fast, unless N gives it few tiles.
             serves = (n * k >= 2**24 and is_full) if m == 1 else (m <= 32 or k >= 2 * n or n * k >= 2**26)
         else:
-            # Ahead once tiles of 256 rows keep the SMs busy, and long enough. As float32, W binds the kernel to the
-            # rate at which an SM is fed: from 2048 rows on a copy in fp16 pays.
-            tile = "fp16x1_staged" if m >= 2048 else kernel, 256, 0
-            occupied = m * n / (256 * 128 * _RESIDENT[0] * _waves(m, n, 256, 0))
-            serves = occupied >= 0.6 and work >= (2**33 if k >= 2048 else 1.2e10)
+            # Ahead once tiles of 256 rows keep the SMs busy, and long enough, unless pairs of them are mostly empty.
+            # What the L2 cache delivers binds the kernel: from 4096 rows on it pays to copy W in fp16, at 2048 not yet.
+            tile = ("fp16x1_staged" if m > 2048 else kernel), 256, 0
+            occupied = m * n / (256 * 128 * _RESIDENT[0] * _waves(m, n, *tile))
+            is_whole = m >= 0.8 * _padded_rows(m, *tile)
+            serves = is_whole and occupied >= 0.6 and work >= (2**33 if k >= 2048 else 1.2e10)
     elif not aligned:
         serves = m >= 64
     elif m <= 64:  # one launch instead of two where W is small; equal where it is large and all SMs read it
@@ -375,27 +377,35 @@ def _tiles(precision, m, n, k):
         yield kernel, 128, 0
 
 
-def _blocks(m, n, rows, splits):
+def _padded_rows(m, kernel, rows, splits):
+    """m up to whole tiles, or, where pairs of blocks share W, pairs of tiles."""
+    shares_w = splits == 0 and rows == 256 and kernel in ("fp16x3", "fp16x1")
+    return math.ceil(m / (rows << shares_w)) * (rows << shares_w)
+
+
+def _blocks(m, n, kernel, rows, splits):
     """The blocks of a launch in such tiles."""
-    return math.ceil(m / rows) * (math.ceil(n / 128) * splits if splits else math.ceil(n / 256) * 2)
+    shares_x = splits == 0 and _padded_rows(1, kernel, rows, splits) == rows
+    columns = math.ceil(n / 256) * 2 if shares_x else math.ceil(n / 128)
+    return _padded_rows(m, kernel, rows, splits) // rows * columns * max(splits, 1)
 
 
-def _waves(m, n, rows, splits):
+def _waves(m, n, kernel, rows, splits):
     """How often the SMs must be filled with such blocks."""
-    return math.ceil(_blocks(m, n, rows, splits) / _RESIDENT[splits])
+    return math.ceil(_blocks(m, n, kernel, rows, splits) / _RESIDENT[splits])
 
 
 class _Costs(NamedTuple):
     """Microseconds on an H200, fitted to the times that `select_tile` is made from: with them the tile that it chooses
     takes 1 % more than the best, on average.
 
-    split_k, shared_x: for a block of 64 k, by the tile's rows. tile: to begin and to end one. row, split: more for each
+    split_k, shared: for a block of 64 k, by the tile's rows. tile: to begin and to end one. row, split: more for each
     row of out and each block that shares it, where blocks add up. stream: to start and to end reading W. megabyte: of
     W.
     """
 
     split_k: dict
-    shared_x: dict
+    shared: dict
     tile: float
     row: float
     stream: float
@@ -404,8 +414,10 @@ class _Costs(NamedTuple):
 
 
 _COSTS = {
-    "fp16x3": _Costs({16: 0.576, 32: 0.7, 64: 0.82, 128: 1.2}, {128: 1.21, 256: 2.34}, 4.5, 0.026, 4.9, 0.267),
-    "fp16x1": _Costs({16: 0.56, 32: 0.65, 64: 0.68, 128: 0.85}, {256: 1.18}, 2.9, 0.029, 3.4, 0.264),
+    "fp16x3": _Costs(
+        {16: 0.643, 32: 0.69, 64: 0.808, 128: 1.294}, {128: 1.248, 256: 2.325}, 3.49, 0.023, 4.1, 0.294, 0.156
+    ),
+    "fp16x1": _Costs({16: 0.56, 32: 0.65, 64: 0.68, 128: 0.85}, {256: 1.05}, 2.9, 0.029, 3.4, 0.264),
     "wgmma16": _Costs({16: 0.264, 32: 0.313, 64: 0.34, 128: 0.48}, {256: 0.708}, 3.0, 0.021, 3.4, 0.251),
 }
 _RESIDENT = {0: 132, 1: 132, 2: 132, 3: 117, 4: 120}  # blocks that run at once, by splits: clusters must fit the GPCs
@@ -415,10 +427,10 @@ def _microseconds(m, n, k, kernel, rows, splits):
     """A tile's estimated time but for what all have in common. As `select_tile`."""
     costs = _COSTS[kernel]
     blocks_of_k = math.ceil(math.ceil(k / 64) / max(splits, 1))
-    per_block = (costs.split_k if splits else costs.shared_x)[rows]
+    per_block = (costs.split_k if splits else costs.shared)[rows]
     per_tile = costs.tile + (costs.split * splits + costs.row * rows if splits else 0)
     megabytes = (2 if kernel == "wgmma16" else 4) * n * k / 1e6
-    compute = _waves(m, n, rows, splits) * (blocks_of_k * per_block + per_tile)
+    compute = _waves(m, n, kernel, rows, splits) * (blocks_of_k * per_block + per_tile)
     return max(compute, costs.stream + costs.megabyte * megabytes)
 
 

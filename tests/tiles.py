@@ -34,7 +34,7 @@ def tiles(kernel, k, splits=range(1, 5)):
 
 def a_shape_of(kernel):
     """(m, n, k) and the tile that select_tile gives it, which is one of `kernel`."""
-    for m, (n, k) in itertools.product((16, 64, 512, 1024, 2048), ((2048, 1024), (4096, 4096), (8192, 8192))):
+    for m, (n, k) in itertools.product((16, 64, 512, 1024, 4096), ((2048, 1024), (4096, 4096), (8192, 8192))):
         tile = model_new.select_tile(PRECISIONS[kernel][0], m, n, k)
         if tile and tile[0] == kernel:
             return (m, n, k), tile
