@@ -329,7 +329,7 @@ def select_tile(precision, m, n, k):
     aligned = k % (8 if precision == "16 bit" else 4) == 0
     work = m * n * k
     tile = min(_tiles(precision, m, n, k), key=lambda tile: _microseconds(m, n, k, *tile))
-    kernel, rows, splits = tile
+    kernel = tile[0]
     # Whether enough SMs have work to stream W at full rate.
     is_full = _blocks(m, n, *tile) >= 120
     if precision == "float32":
