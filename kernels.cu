@@ -914,7 +914,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     }
     for (int i = 0; i < kConvertedStages; ++i) {
       mbarrier_init(converted_full + 8 * i, 32 * kConverterWarps);
-      mbarrier_init(converted_empty + 8 * i, kConsumerWarps * T::kClusterBlocks);
+      mbarrier_init(converted_empty + 8 * i, (32 + 1) * kConsumerWarps);
     }
     for (int i = 0; i < kXStages; ++i) {
       mbarrier_init(x_full + 8 * i, 1);
@@ -937,6 +937,11 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   const int all_blocks = (args.k + kTileK - 1) / kTileK;
   const int k_begin = T::kSplitK ? int(int64_t(all_blocks) * rank / blocks) : 0;
   const int k_end = T::kSplitK ? int(int64_t(all_blocks) * (rank + 1) / blocks) : all_blocks;
+
+  // A tile's panels that have rows of x. Measured: those that have none, loaded as zeros, take longer than others.
+  auto panels_of = [&](int m0) {
+    return T::kSharesW ? max(0, min(kPanels, (args.m - m0 + T::kPanelM - 1) / T::kPanelM)) : 1;
+  };
 
   if (warp < 4) {  // ------------------------------------------------------------ producers
     setmaxnreg_dec<T::kProducerRegisters>();
@@ -978,7 +983,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         TileScheduler<T>(args.m, args.n).for_each_tile(rank, blocks, [&](int m0, int n0) {
           for (int k_block = k_begin; k_block < k_end; ++k_block)
 #pragma unroll 1
-            for (int panel = 0; panel < kPanels; ++panel, ring.advance())
+            for (int panel = 0; panel < panels_of(m0); ++panel, ring.advance())
               issue_x(m0 + panel * T::kPanelM, k_block, ring);
         });
       }
@@ -1087,7 +1092,10 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     auto wait_for_x = [&] { mbarrier_wait(x_full + 8 * x_ring.stage, x_ring.phase); };
     auto release_w = [&](WRing& ring, bool is_read = true) {
       if (!T::kSharesW && lane == 0 && is_read) mbarrier_arrive(empty + 8 * ring.stage);
-      if (T::kSharesW && lane < T::kClusterBlocks && is_read) mbarrier_arrive_remote(empty + 8 * ring.stage, lane);
+      if (T::kSharesW && is_read) {  // every thread here, for the inverses that it has read, and a warp's first there
+        mbarrier_arrive(empty + 8 * ring.stage);
+        if (lane == 0) mbarrier_arrive_remote(empty + 8 * ring.stage, rank ^ 1);
+      }
       ring.advance();
     };
     auto release_x = [&](Ring<kXStages>& ring) {
@@ -1118,7 +1126,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       const uint32_t from = inverses + w_ring.stage * T::kInverseBytes + row_of(r) * 4;
       inverse[0] = ld_shared(from), inverse[1] = ld_shared(from + T::kColumnStep * 4);
     };
-    [[maybe_unused]] auto multiply_converted = [&] {
+    [[maybe_unused]] auto multiply_converted = [&](int panels) {
 #pragma unroll
       for (int i = 0; i < T::kRows / 2; ++i) total[i] = 0;
 #pragma unroll 1
@@ -1129,6 +1137,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         const uint32_t w_hi = matrix_descriptor(stages + w_ring.stage * kStageBytes + consumer * (64 * 128));
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel) {
+          if (panel >= panels) continue;
           wait_for_x();
           const uint32_t x_hi = matrix_descriptor(x_stages + x_ring.stage * T::kXStageBytes);
           await_turn();
@@ -1145,9 +1154,9 @@ __global__ void __launch_bounds__(T::kThreads, 1)
           give_turn();
           wgmma_wait_group<0>();
           release_x(x_ring);
-          if (panel == kPanels - 1) release_w(w_ring, __all_sync(~0u, inverse[0] > 0 && inverse[1] > 0));  // always
           add_partial(total + panel * (T::kPanelM / 2), inverse);
         }
+        release_w(w_ring, is_known(inverse[0]) && is_known(inverse[1]));
       }
     };
 
@@ -1228,10 +1237,13 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 #pragma unroll
       for (int i = 0; i < T::kRows / 2; ++i) total[i] *= i / 2 % 2 ? row_r8 : row_r;
     };
-    [[maybe_unused]] auto multiply_whole = [&] {
+    [[maybe_unused]] auto multiply_whole = [&](int panels) {
       WRing w_done = w_ring;
       Ring<kXStages> x_done = x_ring;
       [[maybe_unused]] float inverse[2];
+      if (panels < kPanels)  // what is not multiplied must not look like a product that is not finite
+#pragma unroll
+        for (int i = 0; i < T::kRows / 2; ++i) total[i] = 0;
 #pragma unroll 1
       for (int k_block = k_begin; k_block < k_end; ++k_block) {
         wait_for_w();
@@ -1248,6 +1260,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         const uint32_t a = matrix_descriptor(stages + w_ring.stage * kStageBytes + consumer * (64 * 128));
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel) {
+          if (panel >= panels) continue;
           wait_for_x();
           const uint32_t x = matrix_descriptor(x_stages + x_ring.stage * T::kXStageBytes);
           wgmma_fence();
@@ -1264,18 +1277,18 @@ __global__ void __launch_bounds__(T::kThreads, 1)
           release_x(x_done);
         }
         w_ring.advance();
+        if (panels == 0) release_w(w_done);
       }
       wgmma_wait_group<0>();
-      release_w(w_done);
-      release_x(x_done);
+      if (panels > 0) release_w(w_done), release_x(x_done);
       if constexpr (T::kSharesW) scale_total(inverse[0], inverse[1]);
     };
 
     TileScheduler<T>(args.m, args.n).for_each_tile(rank, blocks, [&](int m0, int n0) {
       if constexpr (!T::kPromotes)
-        multiply_whole();
+        multiply_whole(panels_of(m0));
       else if constexpr (T::kSharesW)
-        multiply_converted();
+        multiply_converted(panels_of(m0));
       else
         multiply_converting();
 

@@ -345,12 +345,11 @@ def select_tile(precision, m, n, k):
             # For a row cuBLAS has its GEMV; for more than 32 it streams W as fast, unless N gives it few tiles.
             serves = (n * k >= 2**24 and is_full) if m == 1 else (m <= 32 or k >= 2 * n or n * k >= 2**26)
         else:
-            # Ahead once tiles of 256 rows keep the SMs busy, and long enough, unless pairs of them are mostly empty.
+            # Ahead once tiles of 256 rows keep the SMs busy, and long enough.
             # What the L2 cache delivers binds the kernel: from 4096 rows on it pays to copy W in fp16, at 2048 not yet.
             tile = ("fp16x1_staged" if m > 2048 else kernel), 256, 0
             occupied = m * n / (256 * 128 * _RESIDENT[0] * _waves(m, n, *tile))
-            is_whole = m >= 0.8 * _padded_rows(m, *tile)
-            serves = is_whole and occupied >= 0.6 and work >= (2**33 if k >= 2048 else 1.2e10)
+            serves = occupied >= 0.6 and work >= (2**33 if k >= 2048 else 1.2e10)
     elif not aligned:
         serves = m >= 64
     elif m <= 64:  # one launch instead of two where W is small; equal where it is large and all SMs read it
@@ -377,17 +376,13 @@ def _tiles(precision, m, n, k):
         yield kernel, 128, 0
 
 
-def _padded_rows(m, kernel, rows, splits):
-    """m up to whole tiles, or, where pairs of blocks share W, pairs of tiles."""
-    shares_w = splits == 0 and rows == 256 and kernel in ("fp16x3", "fp16x1")
-    return math.ceil(m / (rows << shares_w)) * (rows << shares_w)
-
-
 def _blocks(m, n, kernel, rows, splits):
     """The blocks of a launch in such tiles."""
-    shares_x = splits == 0 and _padded_rows(1, kernel, rows, splits) == rows
-    columns = math.ceil(n / 256) * 2 if shares_x else math.ceil(n / 128)
-    return _padded_rows(m, kernel, rows, splits) // rows * columns * max(splits, 1)
+    if splits:
+        return math.ceil(m / rows) * math.ceil(n / 128) * splits
+    if rows == 256 and kernel in ("fp16x3", "fp16x1"):  # pairs of blocks share W
+        return math.ceil(m / (2 * rows)) * 2 * math.ceil(n / 128)
+    return math.ceil(m / rows) * math.ceil(n / 256) * 2  # they share x
 
 
 def _waves(m, n, kernel, rows, splits):
