@@ -283,7 +283,7 @@ __device__ __forceinline__ void mbarrier_arrive_remote(uint32_t barrier, uint32_
       : "memory");
 }
 // Waits for the end of the barrier's phase of this parity. semantics: of what is visible then; by default what was done
-// in this block or by TMA.
+// in this block, by TMA or by bulk copies.
 #define DEFINE_MBARRIER_WAIT(name, semantics)                               \
   __device__ __forceinline__ void name(uint32_t barrier, uint32_t parity) { \
     uint32_t done;                                                          \
@@ -490,23 +490,21 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 //   its three neighbours, and A is multiplied from registers. Where W has 16 bits both are multiplied from shared
 //   memory.
 // Tile. A block computes 128 columns of out, half of them each consumer warpgroup, and kRows rows. A wgmma covers
-//   kPanelM of them: all, or of 256 rows of a float32 x 128, in two panels.
-// Warps. One producer thread issues TMA for W, one for x. With kSplit the two consumer warpgroups take turns with the
-//   tensor cores (but where 128 rows split K); each adds up its partials in the other's turn, and splits W, if it must,
-//   while its own products run.
+//   kPanelM of them: all, or with converters 128 of 256, in two panels.
+// Warps. One producer thread issues TMA for W, one for x. Where the consumers add up partials the two warpgroups take
+//   turns with the tensor cores (but with 128 rows that split K): each does so in the other's turn, and splits W, if it
+//   must, while its own products run.
 // Rings. W, converted W and x have a ring of shared-memory stages each, every stage with two barriers:
 //   full: bytes have landed -> who reads;  empty: every warp that reads it is done -> who writes.
 //   W as float32 is free once it is in registers; all else once its products are finished.
 // Clusters. Where there are many rows, a cluster has two blocks.
 //   With converters they need the same W, for different rows of x: each loads and converts 64 of its 128 rows, and
-//   sends
-//     them to the other's shared memory. So the `empty` barrier of a converted stage counts both blocks' consumer
-//     warps.
+//     sends them to the other's shared memory. So a converted stage's `empty` barrier counts both blocks' consumers.
 //   Else they need the same x: each loads half of it, and TMA multicasts that to both, which halves what x costs the L2
-//     cache. So the `empty` barrier of an x stage counts both blocks' consumer warps.
-//   Where there are few rows, the work is to read W, and tiles are fewer than SMs: the blocks of a cluster then share a
-//     tile, each takes a part of K, and they add up their sums through distributed shared memory, always in the same
-//     order.
+//     cache. So an x stage's `empty` barrier counts both blocks' consumer warps.
+//   Where there are few rows, the work is to read W, and tiles are fewer than SMs: the blocks of a cluster, up to four,
+//     share a tile, each takes a part of K, and they add up their sums through distributed shared memory, in an order
+//     that is always the same.
 // Order of k. A product may sum k in any order if both operands agree. A consumer loads W in 16 bytes, four consecutive
 //   k, where the fragment wants k = 2q, 2q+1, 2q+8, 2q+9 (q = lane % 4); so split_rows_kernel stores each group of 16 k
 //   in the order 0 1 4 5 8 9 12 13 2 3 6 7 10 11 14 15 for it. Converters keep the order that k has.
@@ -550,8 +548,9 @@ template <Operands kOperands_, typename Element_, int kRows_, bool kSplitK_, boo
   static constexpr bool kFromRegisters = kConvertsW && !kSharesW;  // wgmma's A
   // Whether the tensor core only adds up 64 k, or else all.
   static constexpr bool kPromotes = kOperands == Operands::kSplit || kFromRegisters;
-  static constexpr int kClusterBlocks = kSplitK ? 1 : 2;        // where they do not share a tile
-  static constexpr int kSharers = kSplitK || kSharesW ? 1 : 2;  // blocks that load an x stage together
+  static constexpr bool kKeepsOrder = kTransposedW || kSharesW;  // of k, in x as it is stored
+  static constexpr int kClusterBlocks = kSplitK ? 1 : 2;         // where they do not share a tile
+  static constexpr int kSharers = kSplitK || kSharesW ? 1 : 2;   // blocks that load an x stage together
   static constexpr int kPanels = kSharesW ? 2 : 1;
   static constexpr int kPanelM = kRows / kPanels;  // columns of wgmma's B
   // W's stage: boxes whose rows have 128 bytes. [2][kWRows][32] floats, [kWRows / 32][kTileK][32] floats of a
@@ -562,7 +561,7 @@ template <Operands kOperands_, typename Element_, int kRows_, bool kSplitK_, boo
   static constexpr int kWBoxRows = kTransposedW ? kTileK : kWRows;
   static constexpr int kWStageBytes = kWRows * kTileK * int(sizeof(WElement));
   static constexpr int kWBoxes = kWStageBytes / (kWBoxRows * 128);
-  // Measured: without turns 2 to 8 % more, but nothing with 128 rows that split K.
+  // Measured with kSplit: without turns 2 to 8 % more time, but no more with 128 rows that split K.
   static constexpr bool kTakesTurns = kPromotes && !(kSplitK && kRows == 128);
   static constexpr int kColumnStep = kTransposedW && kFromRegisters ? 1 : 8;  // between a thread's two columns of out
   static constexpr int kXPartBytes = kPanelM * kTileK * 2;                    // half or Element [kPanelM][kTileK]
@@ -585,8 +584,7 @@ template <Operands kOperands_, typename Element_, int kRows_, bool kSplitK_, boo
   static constexpr int kWarpgroups = 1 + kSharesW + kConsumerWarpgroups, kThreads = 128 * kWarpgroups;
   // The compiler gives every thread as many registers as the register file has for so many, in multiples of 8; what the
   // producers and converters let go of goes to the consumers.
-  static constexpr int kProducerRegisters = 24, kConverterRegisters = kPanels == 2 ? 72 : 104;
-  static constexpr int kConsumerRegisters = !kSharesW ? 240 : kPanels == 2 ? 208 : 192;
+  static constexpr int kProducerRegisters = 24, kConverterRegisters = 72, kConsumerRegisters = kSharesW ? 208 : 240;
   static_assert(kProducerRegisters + kSharesW * kConverterRegisters + kConsumerWarpgroups * kConsumerRegisters <=
                     65536 / kThreads / 8 * 8 * kWarpgroups,
                 "or the consumers would wait for registers for ever");
@@ -621,8 +619,8 @@ struct Outliers {
 
 // What split_rows_kernel makes of a matrix [m, k]. One allocation, whose parts are 128-byte aligned.
 struct SplitRows {
-  int padded_k;          // k up to whole blocks
-  __half *hi, *lo;       // [m, padded_k], in the order of k described above; lo is hi where there is one part
+  int padded_k;     // k up to whole blocks
+  __half *hi, *lo;  // [m, padded_k], k in its order or in the one described above; lo is hi where there is one part
   float* inverse_scale;  // [m up to a multiple of kPaddedRows]; negative for a row with outliers
   Outliers* outliers;    // [m], where inverse_scale is negative
 
@@ -648,12 +646,12 @@ __device__ __forceinline__ float4 load_four(const float* row, int at, int k, boo
 
 // One block for each row of x [m, k] with row stride x_stride, and for the rows missing to whole tiles.
 // kBlockThreads: more where few rows make the next kernel wait, which begins on an SM when its blocks are done.
-// kParts: 2 for hi and lo, 1 for hi. kHasOutliers: whether they are set apart, as rows of x allow. is_in_order: k keeps
-// its order, for a transposed W.
+// kParts: 2 for hi and lo, 1 for hi. kHasOutliers: whether they are set apart, as rows of x allow. keeps_order: k keeps
+// its order, or else has that of wgmma's fragments.
 template <int kBlockThreads, int kParts, bool kHasOutliers>
 __global__ void __launch_bounds__(kBlockThreads)
     split_rows_kernel(const float* __restrict__ x, int64_t x_stride, const SplitRows split, int m, int k,
-                      bool is_aligned, bool is_in_order) {
+                      bool is_aligned, bool keeps_order) {
 #ifdef HAS_SM90A
   griddepcontrol_launch_dependents();
   if (blockIdx.x >= m) {
@@ -728,10 +726,10 @@ __global__ void __launch_bounds__(kBlockThreads)
     }
     const int q = at / 4 % 4;
     const int64_t to =
-        blockIdx.x * int64_t(split.padded_k) + (is_in_order ? at : at / 16 * 16 + (odd ? 8 : 0) + q / 2 * 4);
+        blockIdx.x * int64_t(split.padded_k) + (keeps_order ? at : at / 16 * 16 + (odd ? 8 : 0) + q / 2 * 4);
     auto store_part = [&](__half* part, uint32_t first, uint32_t second) {
       const uint32_t other = __shfl_xor_sync(~0u, odd ? first : second, 1);
-      if (!is_in_order) (odd ? first : second) = other;
+      if (!keeps_order) (odd ? first : second) = other;
       if (at < split.padded_k) *reinterpret_cast<uint2*>(part + to) = make_uint2(first, second);
     };
     uint32_t h[2], l[2];
@@ -765,9 +763,8 @@ __global__ void __launch_bounds__(kBlockThreads)
 }
 
 // Which tiles come when. Where blocks of a cluster share x they have tiles side by side along n, where W, along m.
-// Clusters are numbered
-// along m first, in groups of 1024 rows, then n: what runs at the same time shares W's tiles, which are the larger
-// traffic, and the group's part of x stays in the L2 cache.
+// Clusters are numbered along m first, in groups of 1024 rows, then n: what runs at the same time shares W's tiles,
+// which are the larger traffic, and the group's part of x stays in the L2 cache.
 template <typename T> struct TileScheduler {
   static constexpr int kClusterM = T::kRows * (T::kSharesW ? 2 : 1), kClusterN = kTileN * T::kSharers;
   static constexpr int kGroupM = 1024 / kClusterM;
@@ -1024,7 +1021,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 #pragma unroll
           for (int k = 0; k < kHalf; ++k) largest = fmaxf(largest, fabsf(v[k]));
           const float needed = scale_of(fmaxf(largest, __shfl_xor_sync(~0u, largest, 1)));
-          // Where sums of all blocks share a scale it only shrinks, and by more than it must, so that somewhat larger
+          // Where the sums of all of K share a scale it only shrinks, and by more than it must, so that somewhat larger
           // entries to come need no smaller one.
           scale = T::kPromotes ? needed : needed < scale ? 0.25f * needed : scale;
           __syncwarp();
@@ -1071,9 +1068,9 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     setmaxnreg_inc<T::kConsumerRegisters>();
     griddepcontrol_wait();  // for inverse_scale
     const int consumer = (warp - kFirstConsumer) / 4, r = lane / 4, q = lane % 4;
-    // W's row that is the fragment's row r; row r + 8 is kColumnStep further. Float32: 0 4 1 5 2 6 3 7 of eight, so
-    // that the eight lanes that load 16 bytes together touch all banks under the swizzle, where rows r and r + 1 would
-    // collide. Transposed: rows r and r + 8 are neighbours, for loads of 8 bytes.
+    // W's row that is the fragment's row r; row r + 8 is kColumnStep further. From registers: 0 4 1 5 2 6 3 7 of eight,
+    // so that the eight lanes that load 16 bytes together touch all banks under the swizzle, where rows r and r + 1
+    // would collide. Transposed: rows r and r + 8 are neighbours, for loads of 8 bytes.
     auto row_of = [&](int r_) {
       const int in_warp = !T::kFromRegisters ? r_ : T::kTransposedW ? 2 * r_ : r_ / 2 + r_ % 2 * 4;
       return (warp - kFirstConsumer) * 16 + in_warp;
@@ -1092,9 +1089,10 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     auto wait_for_x = [&] { mbarrier_wait(x_full + 8 * x_ring.stage, x_ring.phase); };
     auto release_w = [&](WRing& ring, bool is_read = true) {
       if (!T::kSharesW && lane == 0 && is_read) mbarrier_arrive(empty + 8 * ring.stage);
-      if (T::kSharesW && is_read) {  // every thread here, for the inverses that it has read, and a warp's first there
-        mbarrier_arrive(empty + 8 * ring.stage);
-        if (lane == 0) mbarrier_arrive_remote(empty + 8 * ring.stage, rank ^ 1);
+      if (T::kSharesW) {  // every thread here, for the inverses that it has read, and a warp's first there
+        __syncwarp();
+        if (is_read) mbarrier_arrive(empty + 8 * ring.stage);
+        if (lane == 0 && is_read) mbarrier_arrive_remote(empty + 8 * ring.stage, rank ^ 1);
       }
       ring.advance();
     };
@@ -1240,7 +1238,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     [[maybe_unused]] auto multiply_whole = [&](int panels) {
       WRing w_done = w_ring;
       Ring<kXStages> x_done = x_ring;
-      [[maybe_unused]] float inverse[2];
+      float inverse[2] = {1, 1};
+      auto release_read_w = [&] { release_w(w_done, !T::kSharesW || (is_known(inverse[0]) && is_known(inverse[1]))); };
       if (panels < kPanels)  // what is not multiplied must not look like a product that is not finite
 #pragma unroll
         for (int i = 0; i < T::kRows / 2; ++i) total[i] = 0;
@@ -1273,14 +1272,14 @@ __global__ void __launch_bounds__(T::kThreads, 1)
           x_ring.advance();
           wgmma_wait_group<1>();
           if (panel == 0 && k_block == k_begin) continue;
-          if (panel == 0) release_w(w_done);
+          if (panel == 0) release_read_w();
           release_x(x_done);
         }
         w_ring.advance();
-        if (panels == 0) release_w(w_done);
+        if (panels == 0) release_read_w();
       }
       wgmma_wait_group<0>();
-      if (panels > 0) release_w(w_done), release_x(x_done);
+      if (panels > 0) release_read_w(), release_x(x_done);
       if constexpr (T::kSharesW) scale_total(inverse[0], inverse[1]);
     };
 
@@ -1536,7 +1535,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     });
     if (consumer == 0) await_turn();  // takes the last turn, so that the barrier ends as it began
   }
-  // No block may end while another still multicasts to it or arrives on its barriers.
+  // No block may end while another still multicasts or copies to it, or arrives on its barriers.
   if (!T::kSplitK) {
     barrier_cluster_arrive();
     barrier_cluster_wait();
@@ -1575,10 +1574,10 @@ static cudaError_t encode_tensor_map(CUtensorMap* map, T* base, int64_t rows, in
 // tile: the rows of a tile, or a multiple.
 template <int kBlockThreads, int kParts, bool kHasOutliers>
 static cudaError_t launch_split_rows(const void* from, int64_t stride, const SplitRows& to, int rows, int tile, int k,
-                                     bool is_aligned, bool is_in_order, cudaStream_t stream) {
+                                     bool is_aligned, bool keeps_order, cudaStream_t stream) {
   const unsigned padded = (unsigned(rows) + tile - 1) / tile * tile;
   split_rows_kernel<kBlockThreads, kParts, kHasOutliers><<<padded, kBlockThreads, 0, stream>>>(
-      static_cast<const float*>(from), stride, to, rows, k, is_aligned, is_in_order);
+      static_cast<const float*>(from), stride, to, rows, k, is_aligned, keeps_order);
   return cudaGetLastError();
 }
 
@@ -1602,7 +1601,8 @@ template <typename T> struct Launch {
   Launch(const Launch&) = delete;
 };
 
-// Allows the kernel its shared memory on the device, once, and says how many clusters that share x run there at once.
+// Allows the kernel its shared memory on the device, once, and says how many clusters whose blocks share x or W run
+// there at once.
 template <typename T> static cudaError_t prepare_kernel(int device, int* clusters) {
   static std::atomic<int> known[64];
   if (device < 64 && (*clusters = known[device].load()) > 0) return cudaSuccess;
@@ -1616,7 +1616,7 @@ template <typename T> static cudaError_t prepare_kernel(int device, int* cluster
   return error;
 }
 
-// splits: blocks that share a tile, each with a part of K; 0 where they share x.
+// splits: blocks that share a tile, each with a part of K; 0 where they share x or W.
 template <typename T>
 static cudaError_t launch_tile(const Arguments& args, int splits, int device, cudaStream_t stream) {
   using Element = typename T::Element;
@@ -1627,9 +1627,9 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
                                              args.is_aligned, false, stream);
   if constexpr (T::kIsFloat)
     if (error == cudaSuccess)
-      error = launch_split_rows<T::kSplitK ? 512 : 256, T::kParts, true>(
-          args.x, args.x_stride, args.x_split, args.m, TileScheduler<T>::kClusterM, args.k, args.is_aligned,
-          T::kTransposedW || T::kSharesW, stream);
+      error = launch_split_rows<T::kSplitK ? 512 : 256, T::kParts, true>(args.x, args.x_stride, args.x_split, args.m,
+                                                                         TileScheduler<T>::kClusterM, args.k,
+                                                                         args.is_aligned, T::kKeepsOrder, stream);
   CUtensorMap w_map, x_map, x_lo_map;
   // Measured: without promotion 1 us less where W is only read once, 0.2 % more elsewhere.
   constexpr auto promotion = T::kSplitK ? CU_TENSOR_MAP_L2_PROMOTION_NONE : CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
@@ -1651,6 +1651,7 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
     encode(&x_map, static_cast<const Element*>(args.x), args.m, args.k, args.x_stride, x_rows);
     x_lo_map = x_map;
   }
+  static_assert(kPaddedRows % TileScheduler<T>::kClusterM == 0, "inverse_scale is read up to a cluster's last row");
   int resident;
   if (error == cudaSuccess) error = prepare_kernel<T>(device, &resident);
   if (error != cudaSuccess) return error;
@@ -1791,7 +1792,7 @@ int64_t linear_hopper_scratch(int64_t m, int64_t n, int64_t k, int conversion) {
 }
 
 // The fused layer on compute capability 9.0, in tiles of `rows` by 128; splits: blocks that share a tile, each with a
-// part of K, or 0 where pairs of blocks share x. cudaErrorInvalidValue for a tile that there is not.
+// part of K, or 0 where pairs of blocks share x or W. cudaErrorInvalidValue for a tile that there is not.
 //   conversion: kNone with float16 and bfloat16, one of the others with float32.
 //   x [m, k] and w [n, k] with unit stride along k, rows and pointers in multiples of 16 bytes; float32 also k.
 //   kStaged: any rows. kSplitTransposed: w is [k, n] with unit stride along n, its rows and pointer in multiples of 16

@@ -341,12 +341,12 @@ def select_tile(precision, m, n, k):
         if not aligned:
             tile = "fp16x1_staged", 256, 0
             serves = m >= 200 and work >= 2**33
-        elif m <= 128 and (m <= 64 or k >= 2 * n):
+        elif m <= 64 or (m <= 128 and k >= 2 * n):
             # For a row cuBLAS has its GEMV; for more than 32 it streams W as fast, unless N gives it few tiles.
             serves = (n * k >= 2**24 and is_full) if m == 1 else (m <= 32 or k >= 2 * n or n * k >= 2**26)
         else:
             # Ahead once tiles of 256 rows keep the SMs busy, and long enough.
-            # What the L2 cache delivers binds the kernel: from 4096 rows on it pays to copy W in fp16, at 2048 not yet.
+            # What the L2 cache delivers binds the kernel: at 4096 rows it pays to copy W in fp16, at 2048 not yet.
             tile = ("fp16x1_staged" if m > 2048 else kernel), 256, 0
             occupied = m * n / (256 * 128 * _RESIDENT[0] * _waves(m, n, *tile))
             serves = occupied >= 0.6 and work >= (2**33 if k >= 2048 else 1.2e10)

@@ -164,8 +164,8 @@ def test_edges(kernel, dtype, m):
         check_all_tiles(m, n, EDGES_K[(EDGES_M.index(m) + j) % len(EDGES_K)], kernel, dtype)
 
 
-# M, N, K with more tiles than run at once: 132 blocks, in pairs that have 256 columns. The last tile of a pair and the
-# last group of tiles (of 1024 rows) are full, partly full or missing.
+# M, N, K with more tiles than run at once: 132 blocks, in pairs that have 256 columns or 512 rows. The last tile of a
+# pair and the last group of tiles (of 1024 rows) are full, partly full or missing.
 MANY_TILES = [
     (1024, 4400, 8196),  # rows that the converting kernel does not hold in registers
     (1025, 4101, 68),
@@ -537,8 +537,8 @@ ROWS_OF_W = {  # what a block of 64 k is multiplied by
 @pytest.mark.parametrize("how", ROWS_OF_W)
 @each_float32_kernel
 def test_w_changes_its_size_along_k(kernel, how):
-    """Where a block of k brings larger entries than any before, "fp16x1" scales down what it has; by so much that
-    nothing is left, even. In some rows of W, beside others that stay as they are.
+    """Where a block of k brings larger entries than any before, "fp16x1" in tiles of 256 rows scales down what it has;
+    by so much that nothing is left, even. In some rows of W, beside others that stay as they are.
     """
     x, weight, bias = random_case(130, 260, 1000)
     factors = torch.tensor([ROWS_OF_W[how](k // 64) for k in range(1000)], dtype=torch.float32, device="cuda")

@@ -26,10 +26,10 @@ def name_of(kind):
 
 def tiles(kernel, k, splits=range(1, 5)):
     """All tiles (kernel, rows, splits) that there are for K = k; of those that share K, with so many blocks."""
-    shared_x = [(kernel, 256, 0), *([(kernel, 128, 0)] if kernel == "fp16x3" else [])]
+    paired = [(kernel, 256, 0), *([(kernel, 128, 0)] if kernel == "fp16x3" else [])]
     if kernel == "fp16x1_staged":
-        return shared_x
-    return shared_x + [(kernel, rows, s) for rows in (16, 32, 64, 128) for s in splits if s <= -(-k // 64)]
+        return paired
+    return paired + [(kernel, rows, s) for rows in (16, 32, 64, 128) for s in splits if s <= -(-k // 64)]
 
 
 def a_shape_of(kernel):
