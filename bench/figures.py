@@ -78,30 +78,49 @@ def beside(axes, text, x, y, color, left=False, gap=9, **style):
     axes.annotate(text, (x, y), va="center", color=color, **position, **style)
 
 
-def place_labels(axes, labels):
-    """labels: [(text, x, y, style)], placed beside their points: where they overlap neither one another nor a point,
-    as long as such a place is found.
+def place_labels(axes, labels, points):
+    """labels: [(text, x, y, style)], each written near its point (x, y), where it overlaps neither another nor any of
+    points, [(x, y)]; of such places, where lines from points to labels cross fewest others, and then the nearest.
     """
     figure = axes.figure
     figure.set_canvas(FigureCanvasAgg(figure))
     figure.draw_without_rendering()  # the axes have their place from here on
     renderer = figure.canvas.get_renderer()
-    taken = [Bbox.from_bounds(*(axes.transData.transform((x, y)) - 5), 10, 10) for _, x, y, _ in labels]
-    heights = [0, *(sign * 11 * step for step in range(1, 8) for sign in (1, -1))]
-    sides = [(dx, dy, side) for dy in heights for dx, side in ((9, "left"), (-9, "right"))]
-    for text, x, y, style in labels:
-        for dx, dy, side in sides:
-            place = {"xytext": (dx, dy), "textcoords": "offset points", "ha": side, "va": "center"}
-            line = {"arrowstyle": "-", "color": TEXT, "lw": 0.5, "shrinkA": 0, "shrinkB": 3} if abs(dy) > 11 else None
-            written = axes.annotate(text, (x, y), arrowprops=line, **place, **style)
-            written.update_positions(renderer)
-            box = Text.get_window_extent(written, renderer).padded(1)
-            inside = axes.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= axes.bbox.y1
-            if inside and not any(box.overlaps(other) for other in taken):
-                taken.append(box)
-                break
-            if (dx, dy, side) != sides[-1]:
-                written.remove()
+    dots = [Bbox.from_bounds(*(axes.transData.transform(point) - 5), 10, 10) for point in points]
+    boxes, lines = [], []
+    heights = [0, *(sign * 11 * step for step in range(1, 10) for sign in (1, -1))]
+
+    def write(text, x, y, style, dy, side):
+        line = {"arrowstyle": "-", "color": TEXT, "lw": 0.5, "shrinkA": 0, "shrinkB": 3}
+        line = line | {"relpos": (0 if side == "left" else 1, 0.5)} if abs(dy) > 11 else None
+        place = {"xytext": (9 if side == "left" else -9, dy), "textcoords": "offset points", "ha": side, "va": "center"}
+        return axes.annotate(text, (x, y), arrowprops=line, in_layout=False, **place, **style)
+
+    def measured(wanted, dy, side):
+        """(badness, box, line): the line as small boxes, from the point to the text's nearer end."""
+        written = write(*wanted, dy, side)
+        written.update_positions(renderer)
+        box = Text.get_window_extent(written, renderer).padded(1)
+        written.remove()
+        start = axes.transData.transform(wanted[1:3])
+        end = (box.x0 if side == "left" else box.x1), (box.y0 + box.y1) / 2
+        steps = [start + (end - start) * step / 40 for step in range(41)] if abs(dy) > 11 else []
+        line = [Bbox.from_bounds(*step, 1, 1) for step in steps]
+        outside = not (axes.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= axes.bbox.y1)
+        overlaps = sum(map(box.overlaps, boxes + dots))
+        others = boxes + [dot for dot in dots if not dot.contains(*start)]
+        crossed = sum(any(map(other.overlaps, line)) for other in others) + sum(
+            any(map(box.overlaps, li)) for li in lines
+        )
+        return (outside, overlaps, crossed, abs(dy)), box, line
+
+    for wanted in labels:
+        places = [(dy, side) for dy in heights for side in ("left", "right")]
+        best = min(places, key=lambda place: measured(wanted, *place)[0])
+        _, box, line = measured(wanted, *best)
+        boxes.append(box)
+        lines.append(line)
+        write(*wanted, *best)
 
 
 def groups(rows):
@@ -155,7 +174,7 @@ def error_against_time(rows):
     axes.set_ylabel("relative error against float64,\nFrobenius norm (log scale)")
     title = "{gpu}, M, K, N = {shape}; float32 'highest' if not said; hollow: a bare GEMM's product"
     axes.set_title(title.format(**rows[0]), fontsize=9, loc="left")
-    place_labels(axes, labels)
+    place_labels(axes, labels, [(row["ms"], row["error_frobenius"]) for row in rows])
     return figure
 
 
