@@ -814,7 +814,7 @@ class ModelNew(nn.Module):
         self.scaling_factor = scaling_factor
 
     def forward(self, x):
-        gemm = self.gemm
+        gemm = self._modules["gemm"]  # finding it as an attribute costs every call half a microsecond, parameters too
         if (
             gemm._forward_pre_hooks
             or gemm._forward_hooks
@@ -824,7 +824,10 @@ class ModelNew(nn.Module):
             or type(gemm).forward is not nn.Linear.forward
         ):
             return Model.forward(self, x)
-        return linear_sigmoid_residual(x, gemm.weight, gemm.bias, self.scaling_factor)
+        weight, bias = gemm._parameters.get("weight"), gemm._parameters.get("bias")
+        if weight is None or bias is None:  # as with parametrizations, which compute it
+            weight, bias = gemm.weight, gemm.bias
+        return linear_sigmoid_residual(x, weight, bias, self.scaling_factor)
 
     def extra_repr(self):
         return f"scaling_factor={self.scaling_factor}"
