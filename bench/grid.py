@@ -14,15 +14,11 @@ Needs a CUDA device. Writes bench/results/<gpu>-grid.json: a list of rows, and o
 """
 
 import argparse
-import contextlib
 import functools
 import json
 import math
 import re
-import statistics
-import subprocess
 import sys
-import threading
 import time
 import traceback
 from pathlib import Path
@@ -32,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.reference import SCALE, draw_bar, row, spread
+from bench.reference import SCALE, conditions_row, described_conditions, draw_bar, row, sampled_conditions, spread
 from bench.tables import SLOWER, grid_panels, results_path
 from model_new import Model, ModelNew, _environment, errors_against_float64, l2_flush, select_kernel
 
@@ -70,7 +66,6 @@ COPY_BYTES = 2**31
 WARM_UP_MS = 500  # of copying, so that the clocks have risen
 CHECKED_WORK = 2**31  # multiply-adds in float64 for the errors of a cell: of a sample of its rows where it has more
 LAUNCH_MS = 0.005  # cells with a shorter roofline are bound by their launches
-CONDITIONS = {"sm_clock_mhz": "MHz", "power_w": "W", "temperature_c": "°C"}  # as sampled: name, unit
 
 clock = time.perf_counter
 
@@ -192,47 +187,6 @@ def copy_bytes_per_second():
     copy = {"copy": functools.partial(device_milliseconds, lambda: target.copy_(source))}
     ms = spread(samples_in_turns(copy, WARM_UP_MS, most=WARM_UP_MS)["copy"])[0]
     return 2 * source.nbytes / ms * 1e3
-
-
-@contextlib.contextmanager
-def sampled_conditions():
-    """A list that nvidia-smi fills, five times a second, with (SM clock in MHz, power in W, temperature in °C).
-
-    Empty where nvidia-smi is missing or does not know these: the times stand without it.
-    """
-    samples = []
-    device = f"--id=GPU-{torch.cuda.get_device_properties().uuid}"
-    query = "--query-gpu=clocks.sm,power.draw,temperature.gpu"
-    command = ["nvidia-smi", device, query, "--format=csv,noheader,nounits", "-lms", "200"]
-    try:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    except OSError:
-        yield samples
-        return
-
-    def read():
-        for line in process.stdout:
-            with contextlib.suppress(ValueError):  # a heading, or [N/A]
-                sm_clock, power, temperature = map(float, line.split(","))
-                samples.append((sm_clock, power, temperature))
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    try:
-        yield samples
-    finally:
-        process.kill()
-        reader.join(timeout=5)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=5)
-
-
-def conditions_row(samples, **values):
-    """The row of section 'conditions': {median, min, max} of what was sampled, or null, and what else is given."""
-    for name, column in zip(CONDITIONS, zip(*samples)):
-        values[name] = {"median": statistics.median(column), "min": min(column), "max": max(column)}
-    values = dict.fromkeys(CONDITIONS) | values
-    return row(argparse.Namespace(precision=None), "conditions", "grid", (), dtype=None, **values)
 
 
 # -------------------------------------------------------------------------------------------------------- grid
@@ -434,12 +388,10 @@ def main(argv=None):
         finally:
             torch.set_float32_matmul_precision(precision_before)
     values = {"copy_gb_per_s": copy_rate / 1e9, "seconds": clock() - start, "not_measured": missing, "failed": failed}
-    conditions = conditions_row(samples, **values)
+    conditions = conditions_row(samples, "grid", **values)
     save([*results, conditions])
     print(report(results, failed, missing))
-    print(f"\ncopy {copy_rate / 1e9:.0f} GB/s; {clock() - start:.0f} s; median, min, max of {len(samples)} samples:")
-    for name, unit in CONDITIONS.items():
-        print(f"  {unit}: " + (", ".join(f"{v:g}" for v in conditions[name].values()) if samples else "not sampled"))
+    print(f"\ncopy {copy_rate / 1e9:.0f} GB/s; {clock() - start:.0f} s; {described_conditions(conditions)}")
     print(f"wrote {output.name}: {len(results) + 1} rows")
     return 1 if failed else 0
 

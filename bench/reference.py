@@ -5,17 +5,20 @@
     python bench/reference.py --help
 
 Needs a CUDA device. JAX is a rival where it is installed. What is compared is timed in one run, in turns. Writes
-bench/results/<gpu>.json: a list of rows.
+bench/results/<gpu>.json: a list of rows, and for each section one of section 'conditions'.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import json
 import os
 import re
 import statistics
+import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -39,6 +42,7 @@ SCALE = model_new.scaling_factor
 DEVICE = "cuda"
 WARM_UP_SECONDS = 1.0  # of the timed work itself, so that clocks and power have settled
 HOST_SHAPE = 8, 32, 16  # M, K, N: kernels shorter than their launches
+CONDITIONS = {"sm_clock_mhz": "MHz", "power_w": "W", "temperature_c": "°C"}  # as sampled: name, unit
 HOST_BLOCK = 50  # calls between two synchronizations: with backward under 1000 launches, which the queue holds
 
 
@@ -205,6 +209,56 @@ def row(arguments, section, name, shape, **values):
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name(),
     }
+
+
+@contextlib.contextmanager
+def sampled_conditions():
+    """A list that nvidia-smi fills, five times a second, with (SM clock in MHz, power in W, temperature in °C).
+
+    Empty where nvidia-smi is missing or does not know these: the times stand without it.
+    """
+    samples = []
+    device = f"--id=GPU-{torch.cuda.get_device_properties().uuid}"
+    query = "--query-gpu=clocks.sm,power.draw,temperature.gpu"
+    command = ["nvidia-smi", device, query, "--format=csv,noheader,nounits", "-lms", "200"]
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
+        yield samples
+        return
+
+    def read():
+        for line in process.stdout:
+            with contextlib.suppress(ValueError):  # a heading, or [N/A]
+                sm_clock, power, temperature = map(float, line.split(","))
+                samples.append((sm_clock, power, temperature))
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        yield samples
+    finally:
+        process.kill()
+        reader.join(timeout=5)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
+
+
+def conditions_row(samples, name, precision=None, **values):
+    """A row of section 'conditions': {median, min, max} of what was sampled while the section of that name was
+    measured, or null, and what else is given.
+    """
+    for key, column in zip(CONDITIONS, zip(*samples)):
+        values[key] = {"median": statistics.median(column), "min": min(column), "max": max(column)}
+    values = dict.fromkeys(CONDITIONS) | values
+    return row(argparse.Namespace(precision=precision), "conditions", name, (), dtype=None, **values)
+
+
+def described_conditions(conditions):
+    """One line of a row of section 'conditions'."""
+    sampled = [(unit, conditions[key]) for key, unit in CONDITIONS.items() if conditions[key]]
+    texts = [f"{of['median']:g} {unit} ({of['min']:g} to {of['max']:g})" for unit, of in sampled]
+    return "median (min to max): " + ", ".join(texts) if texts else "conditions not sampled"
 
 
 def draw_bar(done, total, text):
@@ -669,15 +723,17 @@ def main(argv=None):
     for name in arguments.sections:
         start = time.perf_counter()
         print(f"\n[{name}] {SECTIONS[name].__doc__}", flush=True)
-        try:
-            section_results, good = SECTIONS[name](arguments)
-        except Exception:  # the other sections still stand, and so does the file
-            traceback.print_exc(limit=-4)
-            section_results, good = [], False
-        results += section_results
+        with sampled_conditions() as samples:
+            try:
+                section_results, good = SECTIONS[name](arguments)
+            except Exception:  # the other sections still stand, and so does the file
+                traceback.print_exc(limit=-4)
+                section_results, good = [], False
+        conditions = conditions_row(samples, name, arguments.precision)
+        results += [*section_results, conditions]
         status = status if good else 1
         output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        print(f"({time.perf_counter() - start:.1f} s)", flush=True)
+        print(f"({time.perf_counter() - start:.1f} s; {described_conditions(conditions)})", flush=True)
         torch.cuda.empty_cache()
     print(f"\nwrote {output.name}: {len(results)} rows")
     return status

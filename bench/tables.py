@@ -181,12 +181,23 @@ TABLES = {  # marker: (section of the results, precision or None for all, its ro
 }
 
 
+def conditions(row):
+    """What was sampled while a table's rows were measured, as a sentence."""
+    clock, power = row["sm_clock_mhz"], row["power_w"]["median"]
+    return f" SM clock {clock['median']:.0f} MHz ({clock['min']:.0f} to {clock['max']:.0f}), power {power:.0f} W."
+
+
 def fill(text, results):
+    sampled = {(row["name"], row["precision"]): row for row in results if row["section"] == "conditions"}
     for marker, (section, precision, make) in TABLES.items():
         pattern = re.compile(rf"(?<=<!-- {marker} -->\n).*?(?=<!-- /{marker} -->)", re.DOTALL)
         rows = [row for row in results if row["section"] == section and precision in (None, row["precision"])]
         if rows and pattern.search(text):
-            made = make(rows) + "\n"
+            made = make(rows)
+            during = sampled.get((section, precision))
+            if made.endswith(".") and during and during["sm_clock_mhz"]:  # a table with a note, and nvidia-smi
+                made += conditions(during)
+            made += "\n"
             text = pattern.sub(lambda _, made=made: made, text)
     return text
 

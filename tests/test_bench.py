@@ -1,5 +1,6 @@
 """bench/reference.py without a GPU: rows are those that tables and figures read, and no rival takes others along."""
 
+import contextlib
 import importlib.machinery
 import json
 import os
@@ -107,6 +108,37 @@ def test_a_rival_that_fails_is_named_and_left_out(on_cpu, monkeypatch, capsys):
     monkeypatch.setattr(reference.ModelNew, "forward", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         rows_of("time")
+
+
+def test_each_section_is_written_with_its_conditions(on_cpu, monkeypatch, tmp_path, capsys):
+    """Also where a section fails, which the exit status says."""
+
+    def time_section(arguments):
+        return [reference.row(arguments, "time", "eager", arguments.shape, ms=1.0)], True
+
+    def host_section(arguments):
+        raise RuntimeError("of the host section")
+
+    @contextlib.contextmanager
+    def sampled():
+        yield [(1980.0, 700.0, 60.0), (1500.0, 100.0, 40.0)]
+
+    time_section.__doc__ = host_section.__doc__ = "A section."
+    monkeypatch.setattr(reference, "SECTIONS", {"time": time_section, "host": host_section})
+    monkeypatch.setattr(reference, "sampled_conditions", sampled)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(model_new, "_environment", lambda: "here")
+    output = tmp_path / "results.json"
+    assert reference.main(["--output", str(output)]) == 1
+    rows = json.loads(output.read_text(encoding="utf-8"))
+    assert [(row["section"], row["name"]) for row in rows] == [
+        *(("time", "eager"), ("conditions", "time"), ("conditions", "host"))
+    ]
+    assert rows[1]["sm_clock_mhz"] == {"median": 1740, "min": 1500, "max": 1980}
+    assert rows[1]["precision"] == "highest" and rows[1]["dtype"] is None
+    printed = capsys.readouterr()
+    assert "1740 MHz (1500 to 1980)" in printed.out and "of the host section" in printed.err
 
 
 def test_progress_on_a_terminal(on_cpu, monkeypatch, capsys):

@@ -241,9 +241,11 @@ def test_conditions_are_sampled(monkeypatch, tmp_path):
             time.sleep(0.01)
     assert samples == [(1980, 690.5, 60), (1500, 100, 40)]
     assert "--id=GPU-1-2" in (tmp_path / "nvidia-smi.log").read_text()
-    row = grid.conditions_row(samples, seconds=3)
+    row = grid.conditions_row(samples, "grid", seconds=3)
     assert row["sm_clock_mhz"] == {"median": 1740, "min": 1500, "max": 1980} and row["seconds"] == 3
     assert row["power_w"]["max"] == 690.5 and row["dtype"] is None
+    assert "1740 MHz (1500 to 1980), 395.25 W (100 to 690.5)" in grid.described_conditions(row)
+    assert grid.described_conditions(grid.conditions_row([], "grid")) == "conditions not sampled"
 
 
 def test_says_so_without_a_gpu(monkeypatch):

@@ -57,7 +57,13 @@ def grid_rows():
         rows.append(row("grid", "eager", **common, ratio_to_eager_host=1.0) | {"speedup": 1.0})
         ours = {"speedup": speedup, "ratio_to_eager_host": 1 / plain, "kernel": kernel}
         rows.append(row("grid", "ModelNew", **common) | ours)
-    return [*rows, row("conditions", "grid", precision=None, dtype=None, shape=[])]
+    return [*rows, conditions("grid", None)]
+
+
+def conditions(section, precision):
+    clock, power = {"median": 1800, "min": 1500, "max": 1980}, {"median": 650, "min": 100, "max": 700}
+    values = {"sm_clock_mhz": clock, "power_w": power, "temperature_c": None}
+    return row("conditions", section, precision=precision, dtype=None, shape=[], **values)
 
 
 def test_tables_of_the_grid(copy):
@@ -80,6 +86,7 @@ def test_tables_of_the_grid(copy):
     assert "| float32, 'high' | 0.97× | 1.50× | 3.00× | 1, 8, 24 (library) | 0.50× | 1.12× | 2.00× |" in text
     assert "| bfloat16 | 1.00× | 1.25× | 1.50× | 1, 24, 8 (library) | 1.00× | 1.00× | 1.00× |" in text
     assert "a GPU, torch 2; M from 1 to 16, K×N: 8×24, 24×8." in text
+    assert text.count("SM clock 1800 MHz (1500 to 1980), power 650 W.\n<!--") == 2
     assert "| cuBLAS TF32 GEMM + fused epilogue | 0.012 |" in text
 
 
@@ -89,6 +96,9 @@ def test_writes_what_it_checks_and_nothing_else(copy):
     results = [
         row("time", "eager", error_of="out"),
         row("time", "ModelNew", error_of="out", kernel="fp16x3"),
+        conditions("time", "highest"),
+        conditions("epilogue", "highest"),
+        conditions("accuracy", "highest") | {"sm_clock_mhz": None},  # there was no nvidia-smi
         row("accuracy", "some data", **accuracy),
         row("epilogue", "forward, in place", gb_per_s=3456.7, of_copy=0.5, of_big_copy=0.25),
         row("host", "eager, forward"),
@@ -104,6 +114,8 @@ def test_writes_what_it_checks_and_nothing_else(copy):
     assert run(copy, "--check", *options).returncode == 0
     readme, docs = (file.read_text(encoding="utf-8") for file in files)
     assert "**ModelNew (fp16x3)** | **0.012** | **77.70×**" in readme
+    assert readme.count("SM clock 1800 MHz (1500 to 1980), power 650 W.\n<!--") == 1  # of "results"
+    assert docs.count("SM clock 1800 MHz (1500 to 1980), power 650 W.\n<!--") == 1  # "times"; not the epilogue's
     assert "| some data | **1.2e-7** | 1.0e-7 | – | – |" in docs  # ours is worse, and 0 / 0 is not
     assert "| forward, in place | 0.0123 | 3457 | 50% | 25% |" in docs
     assert "| forward | 12 | 12 | 1.00 |" in docs
