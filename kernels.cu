@@ -1078,6 +1078,10 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 
     // [groups of 8 m][row r, row r + 8][m = 2q, 2q + 1], written [4 * groups]
     float total[T::kRows / 2];
+    auto clear_total = [&] {
+#pragma unroll
+      for (int i = 0; i < T::kRows / 2; ++i) total[i] = 0;
+    };
     // W's ring as the consumers see it: of what the converters make, where there are any.
     using WRing = Ring<T::kSharesW ? kConvertedStages : kWStages>;
     constexpr int kStageBytes = T::kSharesW ? T::kConvertedBytes : T::kWStageBytes;
@@ -1087,6 +1091,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     Ring<kXStages> x_ring;
     auto wait_for_w = [&] { mbarrier_wait(full + 8 * w_ring.stage, w_ring.phase); };
     auto wait_for_x = [&] { mbarrier_wait(x_full + 8 * x_ring.stage, x_ring.phase); };
+    auto x_descriptor = [&] { return matrix_descriptor(x_stages + x_ring.stage * T::kXStageBytes); };
     auto release_w = [&](WRing& ring, bool is_read = true) {
       if (!T::kSharesW && lane == 0 && is_read) mbarrier_arrive(empty + 8 * ring.stage);
       if (T::kSharesW) {  // every thread here, for the inverses that it has read, and a warp's first there
@@ -1125,8 +1130,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       inverse[0] = ld_shared(from), inverse[1] = ld_shared(from + T::kColumnStep * 4);
     };
     [[maybe_unused]] auto multiply_converted = [&](int panels) {
-#pragma unroll
-      for (int i = 0; i < T::kRows / 2; ++i) total[i] = 0;
+      clear_total();
 #pragma unroll 1
       for (int left = k_end - k_begin; left > 0; --left) {
         wait_for_w();
@@ -1137,7 +1141,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         for (int panel = 0; panel < kPanels; ++panel) {
           if (panel >= panels) continue;
           wait_for_x();
-          const uint32_t x_hi = matrix_descriptor(x_stages + x_ring.stage * T::kXStageBytes);
+          const uint32_t x_hi = x_descriptor();
           await_turn();
           wgmma_fence();
 #pragma unroll
@@ -1183,7 +1187,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     // that become free. A block is entered with its scale known and step 0 split.
     uint32_t fragments[2][4 * T::kParts];  // one is multiplied while the other is made
     auto multiply_step = [&](const uint32_t* fragment, int step) {
-      const uint32_t x_hi = matrix_descriptor(x_stages + x_ring.stage * T::kXStageBytes) + 2 * step;
+      const uint32_t x_hi = x_descriptor() + 2 * step;
       if (T::kParts == 2) {
         const uint32_t* lo = fragment + 4;
         Wgmma<T::kPanelM>::multiply(partial, lo, kDescriptorUpper | x_hi, step > 0);
@@ -1218,8 +1222,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       add_partial(total, inverse);
     };
     [[maybe_unused]] auto multiply_converting = [&] {
-#pragma unroll
-      for (int i = 0; i < T::kRows / 2; ++i) total[i] = 0;
+      clear_total();
       wait_for_w();
 #pragma unroll
       for (int step = 0; step < 4; ++step) load_w(step);
@@ -1240,9 +1243,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       Ring<kXStages> x_done = x_ring;
       float inverse[2] = {1, 1};
       auto release_read_w = [&] { release_w(w_done, !T::kSharesW || (is_known(inverse[0]) && is_known(inverse[1]))); };
-      if (panels < kPanels)  // what is not multiplied must not look like a product that is not finite
-#pragma unroll
-        for (int i = 0; i < T::kRows / 2; ++i) total[i] = 0;
+      if (panels < kPanels) clear_total();  // what is not multiplied must not look like a product that is not finite
 #pragma unroll 1
       for (int k_block = k_begin; k_block < k_end; ++k_block) {
         wait_for_w();
@@ -1261,7 +1262,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         for (int panel = 0; panel < kPanels; ++panel) {
           if (panel >= panels) continue;
           wait_for_x();
-          const uint32_t x = matrix_descriptor(x_stages + x_ring.stage * T::kXStageBytes);
+          const uint32_t x = x_descriptor();
           wgmma_fence();
 #pragma unroll
           for (int step = 0; step < 4; ++step)

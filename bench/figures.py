@@ -97,7 +97,7 @@ def place_labels(axes, labels, points):
         return axes.annotate(text, (x, y), arrowprops=line, in_layout=False, **place, **style)
 
     def measured(wanted, dy, side):
-        """(badness, box, line): the line as small boxes, from the point to the text's nearer end."""
+        """(badness, box, line, place): the line as small boxes, from the point to the text's nearer end."""
         written = write(*wanted, dy, side)
         written.update_positions(renderer)
         box = Text.get_window_extent(written, renderer).padded(1)
@@ -109,18 +109,16 @@ def place_labels(axes, labels, points):
         outside = not (axes.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= axes.bbox.y1)
         overlaps = sum(map(box.overlaps, boxes + dots))
         others = boxes + [dot for dot in dots if not dot.contains(*start)]
-        crossed = sum(any(map(other.overlaps, line)) for other in others) + sum(
-            any(map(box.overlaps, li)) for li in lines
-        )
-        return (outside, overlaps, crossed, abs(dy)), box, line
+        crossed = sum(any(map(other.overlaps, line)) for other in others)
+        crossed += sum(any(map(box.overlaps, earlier)) for earlier in lines)
+        return (outside, overlaps, crossed, abs(dy)), box, line, (dy, side)
 
     for wanted in labels:
-        places = [(dy, side) for dy in heights for side in ("left", "right")]
-        best = min(places, key=lambda place: measured(wanted, *place)[0])
-        _, box, line = measured(wanted, *best)
+        tried = [measured(wanted, dy, side) for dy in heights for side in ("left", "right")]
+        _, box, line, place = min(tried, key=lambda found: found[0])
         boxes.append(box)
         lines.append(line)
-        write(*wanted, *best)
+        write(*wanted, *place)
 
 
 def groups(rows):
