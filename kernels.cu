@@ -26,6 +26,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfloat>
 #include <cstdint>
 #include <type_traits>
 #include <utility>
@@ -432,6 +433,11 @@ __device__ __forceinline__ void st_async_v4(uint32_t to, const float* v, uint32_
                "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier)
                : "memory");
 }
+__device__ __forceinline__ void st_async_v2(uint32_t to, const float* v, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to),
+               "f"(v[0]), "f"(v[1]), "r"(barrier)
+               : "memory");
+}
 // True, once v, which is not zero, is known: what depends on it cannot go before the loads that v is made from.
 __device__ __forceinline__ bool is_known(float v) {
   uint32_t bits = __float_as_uint(v);
@@ -475,6 +481,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 //       number down to 2^-17 of the largest, and what is lost below that is at most 2^-39 of the largest. x has one
 //       scale a row, W one for every row and block of 64 k. Where few entries of a row of x stand out (see Outliers)
 //       they are multiplied apart, in float32, and do not count.
+//     Small sums: where a row's large entries meet zeros or cancel, the result is made of those that have lost bits.
+//     The
+//       epilogue knows such sums by their size (see discard_lost), and they are computed again in float32.
 //     Accumulation: the tensor core truncates when it adds to its float32 accumulator. So it only ever adds one block
 //       of 64 k to a fresh `partial`; the partial is scaled back (exact) and added to `total` by an ordinary fma.
 //   kRounded  float32 where PyTorch allows TF32: hi alone, one product, as precise as TF32 at twice its rate.
@@ -567,7 +576,10 @@ template <Operands kOperands_, typename Element_, int kRows_, bool kSplitK_, boo
   static constexpr int kXPartBytes = kPanelM * kTileK * 2;                    // half or Element [kPanelM][kTileK]
   static constexpr int kXStageBytes = kParts * kXPartBytes;                   // one panel
   static constexpr int kGroups = kRows / 8;                                   // of 8 rows
-  static constexpr int kSumBytes = kSplitK ? most_groups_sent(kGroups) * kGroupBytes : 0;  // see the epilogue
+  // Where blocks share a tile: what the others send this one. See the epilogue.
+  static constexpr int kSentGroupBytes = kSplitK ? most_groups_sent(kGroups) * kGroupBytes : 0;
+  static constexpr int kSentInverseBytes = kSplitK && kIsFloat ? kTileN * 4 : 0;  // from each
+  static constexpr int kSumBytes = kSentGroupBytes + (kMaxSplits - 1) * kSentInverseBytes;
   // Where blocks share W, another ring has it converted: kParts times half [kTileN][kTileK], and the inverses of the
   // rows' scales. Measured: two stages are too few for hi and lo.
   static constexpr int kConvertedStages = !kSharesW ? 0 : kParts == 2 ? 3 : 4;
@@ -575,7 +587,8 @@ template <Operands kOperands_, typename Element_, int kRows_, bool kSplitK_, boo
   static constexpr int kInverseBytes = kTileN * 4;
   static constexpr int kConvertedRingBytes = kConvertedStages * (kConvertedBytes + kInverseBytes);
   static constexpr int kRoom = kMaxShared - kSumBytes - kConvertedRingBytes - 1024;  // 1024: barriers, and alignment
-  static constexpr int kXStages = kSharesW ? std::min(12, (kRoom - 2 * kWStageBytes) / kXStageBytes)
+  // Measured: of float32 W 'high' wants four stages, kSplit two, and the room for x.
+  static constexpr int kXStages = kSharesW ? std::min(12, (kRoom - 4 / kParts * kWStageBytes) / kXStageBytes)
                                            : std::min(12, kRoom / (kWStageBytes + kXStageBytes));
   static constexpr int kWStages = std::min(12, (kRoom - kXStages * kXStageBytes) / kWStageBytes);
   static constexpr int kBarrierBytes = (2 * (kWStages + kXStages + kConvertedStages) + 1) * 8;
@@ -617,11 +630,23 @@ struct Outliers {
   float value[kMax];
 };
 
+// The inverse of a row's scale, a power of two, and what else is known of the row: in its sign whether it has outliers,
+// in the last bits of its mantissa whether entries were so small for the scale that they became zero, and whether there
+// is nothing but outliers.
+struct RowScale {
+  static constexpr uint32_t kVanished = 1, kOnlyOutliers = 2;
+  float marked;
+
+  __device__ __forceinline__ bool is(uint32_t mark) const { return __float_as_uint(marked) & mark; }
+  __device__ __forceinline__ bool has_outliers() const { return marked < 0; }
+  __device__ __forceinline__ float inverse() const { return __uint_as_float(__float_as_uint(marked) & 0x7f800000); }
+};
+
 // What split_rows_kernel makes of a matrix [m, k]. One allocation, whose parts are 128-byte aligned.
 struct SplitRows {
   int padded_k;     // k up to whole blocks
   __half *hi, *lo;  // [m, padded_k], k in its order or in the one described above; lo is hi where there is one part
-  float* inverse_scale;  // [m up to a multiple of kPaddedRows]; negative for a row with outliers
+  float* inverse_scale;  // [m up to a multiple of kPaddedRows]; see RowScale
   Outliers* outliers;    // [m], where inverse_scale is negative
 
   __host__ __device__ SplitRows(void* scratch, int64_t m, int64_t k, int parts)
@@ -688,7 +713,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   largest = reduce_max(largest, of_warp[0]);
   const float limit = largest * 0x1p-12f;  // Inf where an entry is Inf: no outliers then
   float scale = scale_of(largest);
-  bool has_outliers = false;
+  bool has_outliers = false, only_outliers = false;
   if constexpr (kHasOutliers) {
     float largest_below = 0;
     int above = 0;
@@ -702,19 +727,24 @@ __global__ void __launch_bounds__(kBlockThreads)
     if (threadIdx.x % 32 == 0 && above > 0) atomicAdd(&outlier_count, above);
     largest_below = reduce_max(largest_below, of_warp[1]);
     has_outliers = outlier_count > 0 && outlier_count <= Outliers::kMax;
-    if (has_outliers) scale = largest_below > 0 ? scale_of(largest_below) : 1;  // 1: nothing else to scale
+    only_outliers = has_outliers && largest_below == 0;
+    if (has_outliers) scale = only_outliers ? 1 : scale_of(largest_below);
     __syncthreads();  // everyone has read the count, which now counts those found
     if (threadIdx.x == 0) outlier_count = 0;
-    __syncthreads();
   }
-  if (threadIdx.x == 0) split.inverse_scale[blockIdx.x] = has_outliers ? -inverse_of(scale) : inverse_of(scale);
+  uint32_t* inverse_scale = reinterpret_cast<uint32_t*>(split.inverse_scale + blockIdx.x);
+  if (threadIdx.x == 0)
+    *inverse_scale = __float_as_uint(has_outliers ? -inverse_of(scale) : inverse_of(scale)) |
+                     (only_outliers ? RowScale::kOnlyOutliers : 0);
+  __syncthreads();
 
   // Thread q of four has k = 4q .. 4q+3 of a group of 16. The fragment's order wants its first two in the group's first
   // half and the others in the second; one exchange with the neighbour makes that 8 contiguous bytes per thread.
   const bool odd = threadIdx.x % 2;
+  __half2 smallest = __floats2half2_rn(INFINITY, INFINITY);  // |hi|
   auto store4 = [&](int at, float4 v) {
+    float* entries = &v.x;
     if (has_outliers) {
-      float* entries = &v.x;
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         if (!(fabsf(entries[e]) > limit)) continue;
@@ -735,6 +765,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     uint32_t h[2], l[2];
     split2(v.x, v.y, scale, h[0], l[0]);
     split2(v.z, v.w, scale, h[1], l[1]);
+    for (const uint32_t both : h) smallest = __hmin2(smallest, __habs2(reinterpret_cast<const __half2&>(both)));
     store_part(split.hi, h[0], h[1]);
     if (kParts == 2) store_part(split.lo, l[0], l[1]);
   };
@@ -744,6 +775,11 @@ __global__ void __launch_bounds__(kBlockThreads)
   for (int first = kHeld * kStride; first < split.padded_k; first += kStride)
     store4(threadIdx.x * 4 + first, load4(threadIdx.x * 4 + first));
 
+  if (kHasOutliers && (__low2float(smallest) == 0 || __high2float(smallest) == 0)) {
+    bool has_vanished = false;  // or were the numbers themselves 0?
+    for_each([&](float v) { has_vanished |= v != 0 && fabsf(v * scale) <= 0x1p-25f; });
+    if (has_vanished) atomicOr(inverse_scale, RowScale::kVanished);
+  }
   if (!has_outliers) return;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -920,7 +956,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     mbarrier_init(sums_full, 1);
     fence_mbarrier_init();
     if (T::kSplitK)  // what every other block sends this one
-      mbarrier_arrive_expect_tx(sums_full, (last_group - first_group) * (int(blocks) - 1) * kGroupBytes);
+      mbarrier_arrive_expect_tx(sums_full, (int(blocks) - 1) * ((last_group - first_group) * kGroupBytes +
+                                                                (last_group > first_group ? T::kSentInverseBytes : 0)));
     prefetch_tensormap(&w_map);
     prefetch_tensormap(&x_map);
     prefetch_tensormap(&x_lo_map);
@@ -1082,6 +1119,12 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 #pragma unroll
       for (int i = 0; i < T::kRows / 2; ++i) total[i] = 0;
     };
+    // Of row r and of row r + 8: the largest inverse of a scale of W.
+    float largest_inverse[2];
+    auto note_inverse = [&](const float (&inverse)[2]) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) largest_inverse[half] = fmaxf(largest_inverse[half], inverse[half]);
+    };
     // W's ring as the consumers see it: of what the converters make, where there are any.
     using WRing = Ring<T::kSharesW ? kConvertedStages : kWStages>;
     constexpr int kStageBytes = T::kSharesW ? T::kConvertedBytes : T::kWStageBytes;
@@ -1136,6 +1179,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         wait_for_w();
         float inverse[2];
         load_inverses(inverse);
+        note_inverse(inverse);
         const uint32_t w_hi = matrix_descriptor(stages + w_ring.stage * kStageBytes + consumer * (64 * 128));
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel) {
@@ -1220,6 +1264,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       wgmma_wait_group<0>();
       release_x(x_ring);
       add_partial(total, inverse);
+      note_inverse(inverse);
     };
     [[maybe_unused]] auto multiply_converting = [&] {
       clear_total();
@@ -1281,10 +1326,11 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       }
       wgmma_wait_group<0>();
       if (panels > 0) release_read_w(), release_x(x_done);
-      if constexpr (T::kSharesW) scale_total(inverse[0], inverse[1]);
+      if constexpr (T::kSharesW) scale_total(inverse[0], inverse[1]), note_inverse(inverse);
     };
 
     TileScheduler<T>(args.m, args.n).for_each_tile(rank, blocks, [&](int m0, int n0) {
+      largest_inverse[0] = largest_inverse[1] = 0;
       if constexpr (!T::kPromotes)
         multiply_whole(panels_of(m0));
       else if constexpr (T::kSharesW)
@@ -1298,8 +1344,11 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       Element* out = static_cast<Element*>(args.out);
       Element* z = static_cast<Element*>(args.z);
       auto n_of = [&](int r_, int half) { return n0 + row_of(r_) + half * T::kColumnStep; };
-      if (T::kOperands == Operands::kStaged)
-        scale_total(args.w_split.inverse_scale[n_of(r, 0)], args.w_split.inverse_scale[n_of(r, 1)]);
+      if constexpr (T::kOperands == Operands::kStaged) {
+        const float inverse[2] = {args.w_split.inverse_scale[n_of(r, 0)], args.w_split.inverse_scale[n_of(r, 1)]};
+        scale_total(inverse[0], inverse[1]);
+        note_inverse(inverse);
+      }
       [[maybe_unused]] const bool is_whole = m0 + T::kRows <= args.m && n0 + kTileN <= args.n && args.n % 2 == 0;
       float bias[2];
 #pragma unroll
@@ -1317,17 +1366,56 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       auto add_outliers = [&](int m, float* values) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float inverse = args.x_split.inverse_scale[m + e];
-          if (inverse >= 0) continue;
+          const RowScale row = {args.x_split.inverse_scale[m + e]};
+          if (!row.has_outliers()) continue;
           const Outliers& outliers = args.x_split.outliers[m + e];
 #pragma unroll 1
           for (int j = 0; j < Outliers::kMax && outliers.k[j] >= 0; ++j) {
-            const float value = outliers.value[j] * inverse_of(-inverse);
+            const float value = outliers.value[j] * inverse_of(row.inverse());
 #pragma unroll
             for (int half = 0; half < 2; ++half)
               values[e + 2 * half] =
                   fmaf(value, *w_at(min(n_of(r, half), args.n - 1), outliers.k[j]), values[e + 2 * half]);
           }
+        }
+      };
+      // Float32: makes sums NaN, to be computed again, that are so small that what small entries have lost may matter.
+      // An entry so small in its scale, where the largest is below 2^15, that its last part is denormal is off by up to
+      // 2^-25. Such errors of x or of W add up, at random, to 2^-25 * 2^15 * sqrt(k) times the largest inverse of W's
+      // scale, in the scale of x's row. Sums below 2^18 times that are lost (2^11 with one product); but one that is
+      // near 0 by chance only if its neighbour, the thread's other column, is too, or if it is 2^8 times smaller. Sums
+      // of 0 are taken for exact, unless entries of x became zero. With the largest scale there is, for zeros and the
+      // smallest numbers, nothing is lost.
+      constexpr float kSmallestInverse = 0x1p-126f;
+      float limit[2];
+      auto find_limit = [&] {
+        const float factor = 0x1p-10f * (T::kParts == 2 ? 0x1p18f : 0x1p11f) * sqrtf(args.k);
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          limit[half] = largest_inverse[half] > kSmallestInverse ? factor * largest_inverse[half] : 0;
+      };
+      auto discard_lost = [&](int m, float* values, auto groups) {
+        constexpr int kPairs = 2 * decltype(groups)::value;
+        auto of = [&](int pair, int half) -> float& { return values[pair / 2 * 4 + pair % 2 + half * 2]; };
+        auto are_lost = [&](float first, float second, bool (&lost)[2]) {
+          const bool both = first <= limit[0] && second <= limit[1] && limit[0] + limit[1] > 0;
+          lost[0] = both || first < 0x1p-8f * limit[0], lost[1] = both || second < 0x1p-8f * limit[1];
+          return lost[0] || lost[1];
+        };
+        float smallest[2] = {INFINITY, INFINITY};
+#pragma unroll
+        for (int pair = 0; pair < kPairs; ++pair)
+          for (int half = 0; half < 2; ++half) smallest[half] = fminf(smallest[half], fabsf(of(pair, half)));
+        bool lost[2];
+        if (!are_lost(smallest[0], smallest[1], lost)) return;
+#pragma unroll
+        for (int pair = 0; pair < kPairs; ++pair) {
+          const RowScale row = {args.x_split.inverse_scale[m + pair / 2 * 8 + pair % 2]};
+          are_lost(fabsf(of(pair, 0)), fabsf(of(pair, 1)), lost);
+          if (row.is(RowScale::kOnlyOutliers) || row.inverse() <= kSmallestInverse) continue;
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            if (lost[half] && (of(pair, half) != 0 || row.is(RowScale::kVanished))) of(pair, half) = NAN;
         }
       };
       // Float32: stores act(z) for kGroups groups. check: NaN once a product is not finite.
@@ -1336,10 +1424,11 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         to += int64_t(m) * args.n + n_of(r, 0);
 #pragma unroll
         for (int group = 0; group < decltype(groups)::value; ++group, to += 8 * int64_t(args.n)) {
-          const float2 inverse = inverses[4 * group];
+          const float2 both = inverses[4 * group];
+          const RowScale rows[2] = {{both.x}, {both.y}};
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            const float product = values[4 * group + e] * fabsf(e % 2 ? inverse.y : inverse.x);
+            const float product = values[4 * group + e] * rows[e % 2].inverse();
             check = fmaf(product, 0.0f, check);
             const float value = act(product + bias[e / 2]);
             if (m + group * 8 + e % 2 < args.m && n_of(r, e / 2) < args.n)
@@ -1392,6 +1481,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
           if (has_outliers)
 #pragma unroll
             for (int group = 0; group < kGroups; ++group) add_outliers(m + group * 8, values + 4 * group);
+          discard_lost(m, values, groups);
           if (z != nullptr) store_float(z, m, values, groups, identity, check);
           store_float(out, m, values, groups, act, check);
         } else {
@@ -1408,14 +1498,15 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         bool any = false;
 #pragma unroll
         for (int row = 0; row < kRowsAtOnce; row += 32)
-          any |= args.x_split.inverse_scale[m_first + min(row + lane, kRowsAtOnce - 1)] < 0;
+          any |= RowScale{args.x_split.inverse_scale[m_first + min(row + lane, kRowsAtOnce - 1)]}.has_outliers();
         return __any_sync(~0u, any);
       };
 
-      // A product that is not finite may be so because of the conversion (Inf - Inf in lo, or an overflow of the scaled
-      // sum). Such elements are computed again as plain float32 dot products, which is what eager gives. Which they are
-      // is read from what was stored, so that no registers need be kept: an element not finite for another reason
-      // (bias, s) comes out as it was. Of up to 128 rows from m_first, groups of 8 from first_group to last_group - 1.
+      // A product that is not finite may be so because of the conversion (Inf - Inf in lo, an overflow of the scaled
+      // sum, or discard_lost). Such elements are computed again as plain float32 dot products, which is what eager
+      // gives. Which they are is read from what was stored, so that no registers need be kept: an element not finite
+      // for another reason (bias, s) comes out as it was. Of up to 128 rows from m_first, groups of 8 from first_group
+      // to last_group - 1.
       auto recompute = [&](int m_first, int first_group, int last_group, float check) {
         if constexpr (T::kIsFloat) {
           constexpr int kElements = kRowsAtOnce / 2;
@@ -1445,23 +1536,29 @@ __global__ void __launch_bounds__(T::kThreads, 1)
           if (count > 128) {  // many: every thread its own, 8 at a time, so that an operand loaded serves several
 #pragma unroll 1
             for (int first = 0; first < kElements; first += 8) {
-              float sum[8] = {};
+              float product[8] = {};
 #pragma unroll 1
-              for (int k = 0; k < args.k; k += 4) {
-                const float4 a[2] = {load_w_four(min(n_of(r, 0), args.n - 1), k),
-                                     load_w_four(min(n_of(r, 1), args.n - 1), k)};
+              for (int k_block = 0; k_block < args.k; k_block += kTileK) {  // added up apart: smaller rounding errors
+                float sum[8] = {};
+#pragma unroll 2
+                for (int k = k_block; k < min(k_block + kTileK, args.k); k += 4) {
+                  const float4 a[2] = {load_w_four(min(n_of(r, 0), args.n - 1), k),
+                                       load_w_four(min(n_of(r, 1), args.n - 1), k)};
 #pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                  if (i / 2 % 2) continue;
-                  const int m = min(m_of(first + i, q), args.m - 1);
-                  const float4 b = load_four(all_x + m * args.x_stride, k, args.k, is_aligned);
+                  for (int i = 0; i < 8; ++i) {
+                    if (i / 2 % 2) continue;
+                    const int m = min(m_of(first + i, q), args.m - 1);
+                    const float4 b = load_four(all_x + m * args.x_stride, k, args.k, is_aligned);
 #pragma unroll
-                  for (int half = 0; half < 2; ++half) sum[i + 2 * half] = add_dot(a[half], b, sum[i + 2 * half]);
+                    for (int half = 0; half < 2; ++half) sum[i + 2 * half] = add_dot(a[half], b, sum[i + 2 * half]);
+                  }
                 }
+#pragma unroll
+                for (int i = 0; i < 8; ++i) product[i] += sum[i];
               }
 #pragma unroll
               for (int i = 0; i < 8; ++i)
-                if (not_finite >> (first + i) & 1) store(first + i, sum[i]);
+                if (not_finite >> (first + i) & 1) store(first + i, product[i]);
             }
           } else if (count > 0) {  // few: the warp computes one after the other
             for (unsigned lanes; (lanes = __ballot_sync(~0u, not_finite != 0)) != 0;) {
@@ -1470,6 +1567,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
               const int n = n_of(owner / 4, i / 2 % 2);
               const float* x_row = all_x + m_of(i, owner % 4) * args.x_stride;
               float sum = 0;
+#pragma unroll 4
               for (int k = lane * 4; k < args.k; k += 128)
                 sum = add_dot(load_w_four(n, k), load_four(x_row, k, args.k, is_aligned), sum);
               for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
@@ -1494,6 +1592,11 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         static_assert(T::kGroups * kGroupBytes <= kWStages * T::kWStageBytes);
         bar_sync(3, kConsumerThreads);  // both warpgroups are done with W's ring
         barrier_cluster_wait();
+        // largest_inverse, which a row's four lanes have in common: as [other block][consumer warp][r][row r, r + 8].
+        const auto sent_inverses = [&](int from, int to) {
+          return sums + T::kSentGroupBytes + (from - (from > to)) * T::kSentInverseBytes +
+                 ((warp - kFirstConsumer) * 8 + r) * 8;
+        };
         int owner = 0, its_group = 0;
 #pragma unroll
         for (int group = 0; group < T::kGroups; ++group) {
@@ -1503,7 +1606,19 @@ __global__ void __launch_bounds__(T::kThreads, 1)
             st_async_v4(mapa(sent(rank, owner, its_group), owner), total + 4 * group, mapa(sums_full, owner));
           if (++its_group == groups_per_block) its_group = 0, ++owner;
         }
-        if (first_group < last_group) mbarrier_wait_cluster(sums_full, 0);
+        if (T::kIsFloat && q == 0)
+#pragma unroll 1
+          for (int to = 0; to < int(blocks) && to * groups_per_block < T::kGroups; ++to)
+            if (to != int(rank)) st_async_v2(mapa(sent_inverses(rank, to), to), largest_inverse, mapa(sums_full, to));
+        if (first_group < last_group) {
+          mbarrier_wait_cluster(sums_full, 0);
+          for (int block = 0; T::kIsFloat && block < int(blocks); ++block) {
+            if (block == int(rank)) continue;
+            const float2 theirs = ld_shared_v2(sent_inverses(block, rank));
+            note_inverse({theirs.x, theirs.y});
+          }
+        }
+        find_limit();
         float check = 0;
         const bool has_outliers = T::kIsFloat && any_outliers(m0);
 #pragma unroll 1
@@ -1520,6 +1635,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         }
         recompute(m0, first_group, last_group, check);
       } else if constexpr (T::kIsFloat) {
+        find_limit();
         // 128 rows after the other, in the same registers.
 #pragma unroll 1
         for (int first = 0; first < T::kRows; first += 128) {

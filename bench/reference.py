@@ -514,10 +514,19 @@ def data_sets(rows, k, n, device):
     yield "one 1e8 per x row, w 0 there", *outlier_in_x(1e8, 0.0)
     yield "one 1e8 per x row, w 1e-10 there", *outlier_in_x(1e8, 1e-10)
     yield "one 1e20 per x row, w 0 there", *outlier_in_x(1e20, 0.0)
+    for value in (1e6, 1e20):
+        x, w, special = normal(rows, k), normal(n, k), columns(9)
+        x[:, special] *= value
+        w[:, special] = 0
+        yield f"9 columns of x ×{value:.0e}, w 0 there".replace("e+", "e").replace("e0", "e"), x, w
     x, w, special = normal(rows, k), normal(n, k), columns(8)
     w.scatter_(1, one_of(special, n), 1e6)
     x[:, special] = 0
     yield "one 1e6 per w row, x 0 there", x, w
+    x, w = normal(rows, k), normal(n, k)
+    w[:, ::64] *= 1e9
+    x[:, ::64] = 0
+    yield "every 64th w ×1e9, x 0 there", x, w
     heavy = [normal(*shape) * (3 * normal(*shape)).exp() for shape in ((rows, k), (n, k))]
     yield "log-normal, σ = 3, both", *heavy
     scales = 10 ** uniform(rows, 1, low=-15, high=15), 10 ** uniform(n, 1, low=-15, high=15)
@@ -532,6 +541,10 @@ def data_sets(rows, k, n, device):
     special = columns(8)
     x[:, special] = normal(rows, len(special))
     yield "8 nonzero columns of x", x, normal(n, k)
+    x = torch.zeros(rows, k, device=device)
+    special = columns(100)
+    x[:, special] = normal(rows, len(special))
+    yield "100 nonzero columns of x", x, normal(n, k)
     yield "all positive", uniform(rows, k), uniform(n, k)
     # fp16 rounds 1 + 2^-11 - ε down to 1: every low part is as large as can be, and positive.
     low_parts = [1 + 2**-11 * (1 - 0.01 * uniform(*shape)) for shape in ((rows, k), (n, k))]
@@ -548,17 +561,23 @@ def repeats_exactly(function):
 
 
 def accuracy_section(arguments):
-    """z of ModelNew's operator and of the library, against float64; !! where ours is worse."""
+    """z of ModelNew's operator and of the library, against float64, and their times; !! where ours is worse."""
     rows, k, n = arguments.accuracy_shape
     no_bias = torch.zeros(n, device="cuda")
-    print(f"{'':34}{'Frobenius':>10}{'library':>10}{'ratio':>7}{'':4}{'compon.':>9}{'library':>10}{'ratio':>7}")
+    print(
+        f"{'':34}{'Frobenius':>10}{'library':>10}{'ratio':>7}{'':4}{'compon.':>9}{'library':>10}{'ratio':>7}"
+        f"{'':4}{'ms':>7}{'library':>9}"
+    )
     results, kernels, all_exact = [], set(), True
     for name, x, w in data_sets(rows, k, n, "cuda"):
 
         def ours(x=x, w=w):
             return linear_sigmoid_residual(x, w, no_bias, 0.0)
 
-        outputs = {"ours": ours(), "library": nn.functional.linear(x, w, no_bias)}
+        def library(x=x, w=w):
+            return nn.functional.linear(x, w, no_bias)
+
+        outputs = {"ours": ours(), "library": library()}
         errors = errors_against_float64(outputs, x, w, no_bias, 0.0)
         exact = repeats_exactly(ours)
         columns = ""
@@ -566,10 +585,14 @@ def accuracy_section(arguments):
             ratio = mine / theirs if theirs else float("inf") if mine else 1.0
             mark = "  " if mine <= theirs else "!!"  # NaN is worse
             columns += f"{mine:10.2e}{theirs:10.2e}{ratio:7.2f} {mark} "
-        print(f"{name:34}{columns}{'' if exact else 'DIFFERS FROM RUN TO RUN'}".rstrip())
+        functions = {"ours": ours, "library": library}
+        ms = {key: statistics.median(times) for key, times in times_in_turns(functions, 5, 0.05).items()}
+        columns += f"{ms['ours']:8.3f}{ms['library']:9.3f} {'' if exact else 'DIFFERS FROM RUN TO RUN'}"
+        print(f"{name:34}{columns}".rstrip())
         kernels.add(select_kernel(x, w, no_bias))
         all_exact &= exact
         values = {"kernel": select_kernel(x, w, no_bias), "bit_identical": exact}
+        values |= {"ms": ms["ours"], "speedup": ms["library"] / ms["ours"]}
         for prefix, key in (("", "ours"), ("library_", "library")):
             values[prefix + "error_frobenius"], values[prefix + "error_componentwise"] = errors[key]
         results.append(row(arguments, "accuracy", name, arguments.accuracy_shape, **values))

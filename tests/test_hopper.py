@@ -432,6 +432,19 @@ def _outliers(m, n, k, count, large, w_there):
     return x, weight
 
 
+def _graded(m, n, k, powers):
+    """Columns of x by powers of two, of W by their inverses."""
+    grade = 2.0 ** powers(torch.arange(k, device="cuda"))
+    return _normal(m, k) * grade, _normal(n, k) / grade
+
+
+def _large_w_where_x_is_0(m, n, k, large):
+    x, weight = _normal(m, k), _normal(n, k)
+    x[:, ::64] = 0
+    weight[:, ::64] *= large
+    return x, weight
+
+
 def _few_nonzero(m, n, k, count):
     places = _places(m, k, count)
     x = torch.zeros(m, k, device="cuda").scatter_(1, places, torch.randn(places.shape, device="cuda"))
@@ -451,6 +464,13 @@ DATA = {
     "one 1e8 in each row of x where w is 0": lambda m, n, k: _outliers(m, n, k, 1, 1e8, 0.0),
     "eight 1e20 in each row of x where w is 1e-20": lambda m, n, k: _outliers(m, n, k, 8, 1e20, 1e-20),
     "one 1e8 in each row of x, w as elsewhere": lambda m, n, k: _outliers(m, n, k, 1, 1e8, None),
+    "nine 1e6 in each row of x where w is 0": lambda m, n, k: _outliers(m, n, k, 9, 1e6, 0.0),
+    "nine 1e20 in each row of x where w is 0": lambda m, n, k: _outliers(m, n, k, 9, 1e20, 0.0),
+    "columns 2^0 to 2^-40, W inverse": lambda m, n, k: _graded(m, n, k, lambda i: -40 * i / k),
+    "columns 2^-(k mod 32), W inverse": lambda m, n, k: _graded(m, n, k, lambda i: -(i % 32).float()),
+    "the same, W small": lambda m, n, k: (lambda x, w: (x, 1e-9 * w))(*_graded(m, n, k, lambda i: -(i % 32).float())),
+    "every 64th w times 1e6 where x is 0": lambda m, n, k: _large_w_where_x_is_0(m, n, k, 1e6),
+    "every 64th w times 1e9 where x is 0": lambda m, n, k: _large_w_where_x_is_0(m, n, k, 1e9),
     "one nonzero in each row of x": lambda m, n, k: _few_nonzero(m, n, k, 1),
     "eight nonzeros in each row of x": lambda m, n, k: _few_nonzero(m, n, k, 8),
 }
@@ -501,6 +521,37 @@ TILES_COMPARED = {
 def test_accuracy_is_the_librarys_or_better(kernel, data):
     """On the reference shape, which is large enough for cuBLAS not to split K."""
     is_as_accurate_as_librarys(TILES_COMPARED[kernel], kernel, *DATA[data](1024, 8192, 8192))
+
+
+@pytest.mark.parametrize("large_x", [1e6, 1e20])
+@pytest.mark.parametrize("large_w", [1.0, 1e9])
+@each_float32_kernel
+def test_lost_sums_in_some_rows_and_columns(kernel, large_x, large_w):
+    """In every other row of x, in every third group of 16 rows of W: sums that have lost their bits beside others."""
+    x, weight, bias = random_case(260, 300, 1000)
+    x[:, ::50], weight[:, ::50], weight[:, 7::64] = 0, 0, 0
+    x[::2, ::50] = large_x
+    some = (torch.arange(300, device="cuda") // 16 % 3 == 0)[:, None]
+    x[:, 7::64] = 0
+    weight[:, 7::64] = large_w * some
+    reference, magnitude = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+    for tile in tiles(kernel, 1000, splits=(1, 3, 4)):
+        _, z = fused_with_z(tile, x, weight, bias)
+        relative = 1e-6 if kernel == "fp16x3" else 2.0**-10
+        error = (z.double() - reference - bias.double()).abs() - U * (magnitude + bias.double().abs())
+        assert (error <= relative * magnitude).all(), (tile, (error / magnitude).max().item())
+
+
+@each_float32_kernel
+def test_sums_that_are_0_stay_0(kernel):
+    """x and W share no columns, or W or x is 0: nothing is lost there, whatever else is large or small."""
+    x, weight, bias = random_case(260, 300, 1000)
+    x[:, ::2], weight[:, 1::2] = 0, 0
+    x[3], weight[5] = 0, 0
+    x[::4, 1] = 1e30
+    for tile in tiles(kernel, 1000, splits=(1, 3, 4)):
+        _, z = fused_with_z(tile, x, weight, bias)
+        assert torch.equal(z, bias.expand_as(z)), tile
 
 
 def test_accuracy_on_a_smaller_shape():
