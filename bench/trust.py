@@ -747,9 +747,11 @@ def child_shapes():
         if time.perf_counter() - start > SANITIZER_SECONDS:
             break
         with settings(precision), fuzz.any_tile(tile):
-            case = inputs(shape, dtype, "cuda")
+            x, weight, bias, scale = case = inputs(shape, dtype, "cuda")
             gradients(*case)
-            expected(*case).check(layer(*case))
+            if dtype == torch.float32:  # with sums that have lost their bits, which are computed again
+                x[..., ::8], weight[:, ::8] = 1e20, 0
+            expected(x, weight, bias, scale).check(layer(x, weight, bias, scale))
             done += 1
             print(f"{describe(*case[:3])}, tile {tile}", flush=True)
     print(f"shapes: {done}")
