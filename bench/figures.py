@@ -87,7 +87,7 @@ def place_labels(axes, labels, points):
     figure.draw_without_rendering()  # the axes have their place from here on
     renderer = figure.canvas.get_renderer()
     dots = [Bbox.from_bounds(*(axes.transData.transform(point) - 5), 10, 10) for point in points]
-    boxes, lines = [], []
+    placed = {}  # label: (box, line, place)
     heights = [0, *(sign * 11 * step for step in range(1, 10) for sign in (1, -1))]
 
     def write(text, x, y, style, dy, side):
@@ -107,18 +107,19 @@ def place_labels(axes, labels, points):
         steps = [start + (end - start) * step / 40 for step in range(41)] if abs(dy) > 11 else []
         line = [Bbox.from_bounds(*step, 1, 1) for step in steps]
         outside = not (axes.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= axes.bbox.y1)
+        boxes = [other for other, _, _ in placed.values()]
         overlaps = sum(map(box.overlaps, boxes + dots))
         others = boxes + [dot for dot in dots if not dot.contains(*start)]
         crossed = sum(any(map(other.overlaps, line)) for other in others)
-        crossed += sum(any(map(box.overlaps, earlier)) for earlier in lines)
+        crossed += sum(any(map(box.overlaps, other)) for _, other, _ in placed.values())
         return (outside, overlaps, crossed, abs(dy)), box, line, (dy, side)
 
-    for wanted in labels:
-        tried = [measured(wanted, dy, side) for dy in heights for side in ("left", "right")]
-        _, box, line, place = min(tried, key=lambda found: found[0])
-        boxes.append(box)
-        lines.append(line)
-        write(*wanted, *place)
+    for number in [*range(len(labels))] * 3:  # again and again, as the first could not know of the others
+        placed.pop(number, None)
+        tried = [measured(labels[number], dy, side) for dy in heights for side in ("left", "right")]
+        placed[number] = min(tried, key=lambda found: found[0])[1:]
+    for number, (_, _, place) in placed.items():
+        write(*labels[number], *place)
 
 
 def groups(rows):

@@ -89,7 +89,7 @@ def accuracy(rows):
             worse = not ours <= library and not (math.isnan(ours) and math.isnan(library))  # both: 0 / 0 somewhere
             cells += [f"**{error(ours)}**" if worse else error(ours), error(library)]
         if row["ms"] is not None:  # in results of before times were taken here
-            cells += [f"{row['ms']:.2f}", f"{row['speedup']:.1f}×"]
+            cells += [f"{row['ms']:.2f}", f"{row['speedup']:.2g}×"]
         body.append(cells)
     kernel, library = rows[0]["kernel"], "SGEMM" if rows[0]["precision"] == "highest" else "TF32"
     header = ["data", f"{kernel}, Frobenius", library, f"{kernel}, componentwise", library]
