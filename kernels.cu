@@ -481,9 +481,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 //       number down to 2^-17 of the largest, and what is lost below that is at most 2^-39 of the largest. x has one
 //       scale a row, W one for every row and block of 64 k. Where few entries of a row of x stand out (see Outliers)
 //       they are multiplied apart, in float32, and do not count.
-//     Small sums: where a row's large entries meet zeros or cancel, the result is made of those that have lost bits.
-//     The
-//       epilogue knows such sums by their size (see discard_lost), and they are computed again in float32.
+//     Small sums: where a row's large entries meet zeros, the result is made of those that have lost bits. The epilogue
+//       knows such sums by their size (see discard_lost), and they are computed again in float32. For kRounded and
+//       kStaged, too.
 //     Accumulation: the tensor core truncates when it adds to its float32 accumulator. So it only ever adds one block
 //       of 64 k to a fresh `partial`; the partial is scaled back (exact) and added to `total` by an ordinary fma.
 //   kRounded  float32 where PyTorch allows TF32: hi alone, one product, as precise as TF32 at twice its rate.
@@ -587,7 +587,7 @@ template <Operands kOperands_, typename Element_, int kRows_, bool kSplitK_, boo
   static constexpr int kInverseBytes = kTileN * 4;
   static constexpr int kConvertedRingBytes = kConvertedStages * (kConvertedBytes + kInverseBytes);
   static constexpr int kRoom = kMaxShared - kSumBytes - kConvertedRingBytes - 1024;  // 1024: barriers, and alignment
-  // Measured: of float32 W 'high' wants four stages, kSplit two, and the room for x.
+  // Measured: 'high' wants four stages of float32 W, kSplit two; x has what is left.
   static constexpr int kXStages = kSharesW ? std::min(12, (kRoom - 4 / kParts * kWStageBytes) / kXStageBytes)
                                            : std::min(12, kRoom / (kWStageBytes + kXStageBytes));
   static constexpr int kWStages = std::min(12, (kRoom - kXStages * kXStageBytes) / kWStageBytes);
@@ -1382,10 +1382,11 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       // Float32: makes sums NaN, to be computed again, that are so small that what small entries have lost may matter.
       // An entry so small in its scale, where the largest is below 2^15, that its last part is denormal is off by up to
       // 2^-25. Such errors of x or of W add up, at random, to 2^-25 * 2^15 * sqrt(k) times the largest inverse of W's
-      // scale, in the scale of x's row. Sums below 2^18 times that are lost (2^11 with one product); but one that is
-      // near 0 by chance only if its neighbour, the thread's other column, is too, or if it is 2^8 times smaller. Sums
-      // of 0 are taken for exact, unless entries of x became zero. With the largest scale there is, for zeros and the
-      // smallest numbers, nothing is lost.
+      // scale, in the scale of x's row. The limit is 2^18 times that, 2^11 with one product. A sum is lost if the
+      // thread's other column is within its limit, too, or if it is 2^8 times below its own: one alone may be near 0 by
+      // chance. A row of W that is 0 has limit 0, and always agrees; two have nothing to lose. A sum of 0 is taken for
+      // right, unless entries of x became zero. With the largest scale there is, that of zeros and of the smallest
+      // numbers, nothing is lost.
       constexpr float kSmallestInverse = 0x1p-126f;
       float limit[2];
       auto find_limit = [&] {
@@ -1402,7 +1403,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
           lost[0] = both || first < 0x1p-8f * limit[0], lost[1] = both || second < 0x1p-8f * limit[1];
           return lost[0] || lost[1];
         };
-        float smallest[2] = {INFINITY, INFINITY};
+        float smallest[2] = {INFINITY, INFINITY};  // if these are not lost, as nearly always, none is
 #pragma unroll
         for (int pair = 0; pair < kPairs; ++pair)
           for (int half = 0; half < 2; ++half) smallest[half] = fminf(smallest[half], fabsf(of(pair, half)));
@@ -1503,10 +1504,10 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       };
 
       // A product that is not finite may be so because of the conversion (Inf - Inf in lo, an overflow of the scaled
-      // sum, or discard_lost). Such elements are computed again as plain float32 dot products, which is what eager
-      // gives. Which they are is read from what was stored, so that no registers need be kept: an element not finite
-      // for another reason (bias, s) comes out as it was. Of up to 128 rows from m_first, groups of 8 from first_group
-      // to last_group - 1.
+      // sum, or discard_lost). Such elements are computed again as float32 dot products, which are NaN or Inf where
+      // eager's are. Which they are is read from what was stored, so that no registers need be kept: an element not
+      // finite for another reason (bias, s) comes out as it was. Of up to 128 rows from m_first, groups of 8 from
+      // first_group to last_group - 1.
       auto recompute = [&](int m_first, int first_group, int last_group, float check) {
         if constexpr (T::kIsFloat) {
           constexpr int kElements = kRowsAtOnce / 2;
