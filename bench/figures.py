@@ -87,7 +87,6 @@ def place_labels(axes, labels, points):
     figure.draw_without_rendering()  # the axes have their place from here on
     renderer = figure.canvas.get_renderer()
     dots = [Bbox.from_bounds(*(axes.transData.transform(point) - 5), 10, 10) for point in points]
-    placed = {}  # label: (box, line, place)
     heights = [0, *(sign * 11 * step for step in range(1, 10) for sign in (1, -1))]
 
     def write(text, x, y, style, dy, side):
@@ -97,7 +96,7 @@ def place_labels(axes, labels, points):
         return axes.annotate(text, (x, y), arrowprops=line, in_layout=False, **place, **style)
 
     def measured(wanted, dy, side):
-        """(badness, box, line, place): the line as small boxes, from the point to the text's nearer end."""
+        """(box, line, start, place): the line as small boxes, from the point, its start, to the text's nearer end."""
         written = write(*wanted, dy, side)
         written.update_positions(renderer)
         box = Text.get_window_extent(written, renderer).padded(1)
@@ -105,20 +104,25 @@ def place_labels(axes, labels, points):
         start = axes.transData.transform(wanted[1:3])
         end = (box.x0 if side == "left" else box.x1), (box.y0 + box.y1) / 2
         steps = [start + (end - start) * step / 40 for step in range(41)] if abs(dy) > 11 else []
-        line = [Bbox.from_bounds(*step, 1, 1) for step in steps]
+        return box, [Bbox.from_bounds(*step, 1, 1) for step in steps], start, (dy, side)
+
+    candidates = [[measured(wanted, dy, side) for dy in heights for side in ("left", "right")] for wanted in labels]
+    placed = {}  # a label's number: one of its candidates
+
+    def badness(candidate):
+        box, line, start, (dy, _) = candidate
         outside = not (axes.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= axes.bbox.y1)
-        boxes = [other for other, _, _ in placed.values()]
+        boxes = [other for other, *_ in placed.values()]
         overlaps = sum(map(box.overlaps, boxes + dots))
         others = boxes + [dot for dot in dots if not dot.contains(*start)]
         crossed = sum(any(map(other.overlaps, line)) for other in others)
-        crossed += sum(any(map(box.overlaps, other)) for _, other, _ in placed.values())
-        return (outside, overlaps, crossed, abs(dy)), box, line, (dy, side)
+        crossed += sum(any(map(box.overlaps, other)) for _, other, *_ in placed.values())
+        return outside, overlaps, crossed, abs(dy)
 
     for number in [*range(len(labels))] * 3:  # again and again, as the first could not know of the others
         placed.pop(number, None)
-        tried = [measured(labels[number], dy, side) for dy in heights for side in ("left", "right")]
-        placed[number] = min(tried, key=lambda found: found[0])[1:]
-    for number, (_, _, place) in placed.items():
+        placed[number] = min(candidates[number], key=badness)
+    for number, (*_, place) in placed.items():
         write(*labels[number], *place)
 
 

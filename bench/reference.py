@@ -514,11 +514,11 @@ def data_sets(rows, k, n, device):
     yield "one 1e8 per x row, w 0 there", *outlier_in_x(1e8, 0.0)
     yield "one 1e8 per x row, w 1e-10 there", *outlier_in_x(1e8, 1e-10)
     yield "one 1e20 per x row, w 0 there", *outlier_in_x(1e20, 0.0)
-    for value in (1e6, 1e20):
+    for factor in ("1e6", "1e20"):
         x, w, special = normal(rows, k), normal(n, k), columns(9)
-        x[:, special] *= value
+        x[:, special] *= float(factor)
         w[:, special] = 0
-        yield f"9 columns of x ×{value:.0e}, w 0 there".replace("e+", "e").replace("e0", "e"), x, w
+        yield f"9 columns of x ×{factor}, w 0 there", x, w
     x, w, special = normal(rows, k), normal(n, k), columns(8)
     w.scatter_(1, one_of(special, n), 1e6)
     x[:, special] = 0
@@ -537,14 +537,11 @@ def data_sets(rows, k, n, device):
     yield "columns 2^-(k mod 32), w inverse", normal(rows, k) * grade, normal(n, k) / grade
     one = torch.zeros(rows, k, device=device).scatter_(1, one_of(columns(k), rows), 1.0)
     yield "one nonzero per x row", one * normal(rows, 1), normal(n, k)
-    x = torch.zeros(rows, k, device=device)
-    special = columns(8)
-    x[:, special] = normal(rows, len(special))
-    yield "8 nonzero columns of x", x, normal(n, k)
-    x = torch.zeros(rows, k, device=device)
-    special = columns(100)
-    x[:, special] = normal(rows, len(special))
-    yield "100 nonzero columns of x", x, normal(n, k)
+    for count in (8, 100):
+        x = torch.zeros(rows, k, device=device)
+        special = columns(count)
+        x[:, special] = normal(rows, len(special))
+        yield f"{count} nonzero columns of x", x, normal(n, k)
     yield "all positive", uniform(rows, k), uniform(n, k)
     # fp16 rounds 1 + 2^-11 - ε down to 1: every low part is as large as can be, and positive.
     low_parts = [1 + 2**-11 * (1 - 0.01 * uniform(*shape)) for shape in ((rows, k), (n, k))]
@@ -577,7 +574,8 @@ def accuracy_section(arguments):
         def library(x=x, w=w):
             return nn.functional.linear(x, w, no_bias)
 
-        outputs = {"ours": ours(), "library": library()}
+        functions = {"ours": ours, "library": library}
+        outputs = {key: function() for key, function in functions.items()}
         errors = errors_against_float64(outputs, x, w, no_bias, 0.0)
         exact = repeats_exactly(ours)
         columns = ""
@@ -585,14 +583,14 @@ def accuracy_section(arguments):
             ratio = mine / theirs if theirs else float("inf") if mine else 1.0
             mark = "  " if mine <= theirs else "!!"  # NaN is worse
             columns += f"{mine:10.2e}{theirs:10.2e}{ratio:7.2f} {mark} "
-        functions = {"ours": ours, "library": library}
         ms = {key: statistics.median(times) for key, times in times_in_turns(functions, 5, 0.05).items()}
         columns += f"{ms['ours']:8.3f}{ms['library']:9.3f} {'' if exact else 'DIFFERS FROM RUN TO RUN'}"
         print(f"{name:34}{columns}".rstrip())
-        kernels.add(select_kernel(x, w, no_bias))
+        kernel = select_kernel(x, w, no_bias)
+        kernels.add(kernel)
         all_exact &= exact
-        values = {"kernel": select_kernel(x, w, no_bias), "bit_identical": exact}
-        values |= {"ms": ms["ours"], "speedup": ms["library"] / ms["ours"]}
+        speedup = ms["library"] / ms["ours"]
+        values = {"kernel": kernel, "bit_identical": exact, "ms": ms["ours"], "speedup": speedup}
         for prefix, key in (("", "ours"), ("library_", "library")):
             values[prefix + "error_frobenius"], values[prefix + "error_componentwise"] = errors[key]
         results.append(row(arguments, "accuracy", name, arguments.accuracy_shape, **values))

@@ -88,14 +88,11 @@ def accuracy(rows):
             ours, library = row[key], row["library_" + key]
             worse = not ours <= library and not (math.isnan(ours) and math.isnan(library))  # both: 0 / 0 somewhere
             cells += [f"**{error(ours)}**" if worse else error(ours), error(library)]
-        if row["ms"] is not None:  # in results of before times were taken here
-            cells += [f"{row['ms']:.2f}", f"{row['speedup']:.2g}×"]
-        body.append(cells)
+        body.append([*cells, f"{row['ms']:.2f}", f"{row['speedup']:.2g}×"])
     kernel, library = rows[0]["kernel"], "SGEMM" if rows[0]["precision"] == "highest" else "TF32"
-    header = ["data", f"{kernel}, Frobenius", library, f"{kernel}, componentwise", library]
-    header += ["ms", f"against {library}"][: len(body[0]) - len(header)]
+    header = ["data", f"{kernel}, Frobenius", library, f"{kernel}, componentwise", library, "ms", f"against {library}"]
     note = f"{WHERE.format(**rows[0])}. Bold: worse than {library}."
-    note += " Times: medians of five calls in turns with the library's." if len(header) > 5 else ""
+    note += " Times: medians of five calls in turns with the library's."
     note += " Every call, repeated, gave the same bits." if all(row["bit_identical"] for row in rows) else ""
     note += "" if all(row["kernel"] == kernel for row in rows) else f" NOT all were computed by {kernel}."
     return f"{table(header, body)}\n\n{note}"

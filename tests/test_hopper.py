@@ -432,10 +432,10 @@ def _outliers(m, n, k, count, large, w_there):
     return x, weight
 
 
-def _graded(m, n, k, powers):
+def _graded(m, n, k, powers, size_of_w=1.0):
     """Columns of x by powers of two, of W by their inverses."""
     grade = 2.0 ** powers(torch.arange(k, device="cuda"))
-    return _normal(m, k) * grade, _normal(n, k) / grade
+    return _normal(m, k) * grade, size_of_w * (_normal(n, k) / grade)
 
 
 def _large_w_where_x_is_0(m, n, k, large):
@@ -467,8 +467,8 @@ DATA = {
     "nine 1e6 in each row of x where w is 0": lambda m, n, k: _outliers(m, n, k, 9, 1e6, 0.0),
     "nine 1e20 in each row of x where w is 0": lambda m, n, k: _outliers(m, n, k, 9, 1e20, 0.0),
     "columns 2^0 to 2^-40, W inverse": lambda m, n, k: _graded(m, n, k, lambda i: -40 * i / k),
-    "columns 2^-(k mod 32), W inverse": lambda m, n, k: _graded(m, n, k, lambda i: -(i % 32).float()),
-    "the same, W small": lambda m, n, k: (lambda x, w: (x, 1e-9 * w))(*_graded(m, n, k, lambda i: -(i % 32).float())),
+    "columns 2^-(k mod 32), W inverse": lambda m, n, k: _graded(m, n, k, lambda i: -(i % 32.0)),
+    "the same, W small": lambda m, n, k: _graded(m, n, k, lambda i: -(i % 32.0), 1e-9),
     "every 64th w times 1e6 where x is 0": lambda m, n, k: _large_w_where_x_is_0(m, n, k, 1e6),
     "every 64th w times 1e9 where x is 0": lambda m, n, k: _large_w_where_x_is_0(m, n, k, 1e9),
     "one nonzero in each row of x": lambda m, n, k: _few_nonzero(m, n, k, 1),
