@@ -811,18 +811,23 @@ template <typename T> struct TileScheduler {
   __host__ __device__ int clusters() const { return clusters_m * clusters_n; }
 
 #ifdef HAS_SM90A
-  // The tiles of this block, which is number `rank` of its cluster's `blocks`, one after the other: body(m0, n0) with
-  // the tile's first row and column of out.
+  // body(m0, n0) with the first row and column of out of the tile that block `rank` has of a cluster.
+  template <typename Body> __device__ __forceinline__ void tile(int cluster, uint32_t rank, Body body) const {
+    const int per_group = kGroupM * clusters_n;
+    const int first_m = cluster / per_group * kGroupM, size_m = min(kGroupM, clusters_m - first_m);
+    const int cluster_m = first_m + cluster % per_group % size_m, cluster_n = cluster % per_group / size_m;
+    body(cluster_m * kClusterM + (T::kSharesW ? int(rank) * T::kRows : 0),
+         cluster_n * kClusterN + (T::kSharers > 1 ? int(rank) * kTileN : 0));
+  }
+  // The tiles of this block, which is number `rank` of `blocks`, one after the other: a single one where they share it.
   template <typename Body>
   __device__ __forceinline__ void for_each_tile(uint32_t rank, uint32_t blocks, Body body) const {
-    const int per_group = kGroupM * clusters_n;
+    int cluster = blockIdx.x / blocks;
 #pragma unroll 1
-    for (int index = blockIdx.x / blocks; index < clusters(); index += gridDim.x / blocks) {
-      const int first_m = index / per_group * kGroupM, size_m = min(kGroupM, clusters_m - first_m);
-      const int cluster_m = first_m + index % per_group % size_m, cluster_n = index % per_group / size_m;
-      body(cluster_m * kClusterM + (T::kSharesW ? int(rank) * T::kRows : 0),
-           cluster_n * kClusterN + (T::kSharers > 1 ? int(rank) * kTileN : 0));
-    }
+    do {
+      tile(cluster, rank, body);
+      cluster += gridDim.x / blocks;
+    } while (!T::kSplitK && cluster < clusters());
   }
 #endif
 };
@@ -940,6 +945,24 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   const int first_group = min(int(rank) * groups_per_block, T::kGroups);
   const int last_group = min(first_group + groups_per_block, T::kGroups);
 
+  // This block's part of k, in blocks of 64.
+  const int all_blocks = (args.k + kTileK - 1) / kTileK;
+  const int k_begin = T::kSplitK ? int(int64_t(all_blocks) * rank / blocks) : 0;
+  const int k_end = T::kSplitK ? int(int64_t(all_blocks) * (rank + 1) / blocks) : all_blocks;
+
+  const int k_loaded = min(k_end, k_begin + kWStages);  // of the first tile, before all else begins
+  const TileScheduler<T> scheduler(args.m, args.n);
+  auto fetch_w = [&](int n0, int k_block, Ring<kWStages>& ring) {
+    const uint32_t barrier = w_full + 8 * ring.stage, to = w_stages + ring.stage * T::kWStageBytes;
+    mbarrier_arrive_expect_tx(barrier, T::kWStageBytes);
+    const int k0 = k_block * kTileK;
+    if (T::kSharesW) n0 += int(rank) * T::kWRows;  // this block's half
+    for (int box = 0; box < T::kWBoxes; ++box)
+      cp_async_bulk_tensor_2d(to + box * T::kWBoxRows * 128, &w_map, T::kTransposedW ? n0 + box * 32 : k0 + box * 32,
+                              T::kTransposedW ? k0 : n0, barrier, 1 << rank);
+    ring.advance();
+  };
+
   if (threadIdx.x == 0) {
     for (int i = 0; i < kWStages; ++i) {
       mbarrier_init(w_full + 8 * i, 1);
@@ -958,7 +981,12 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     if (T::kSplitK)  // what every other block sends this one
       mbarrier_arrive_expect_tx(sums_full, (int(blocks) - 1) * ((last_group - first_group) * kGroupBytes +
                                                                 (last_group > first_group ? T::kSentInverseBytes : 0)));
-    prefetch_tensormap(&w_map);
+    // W's ring is empty, and this block's own: it can be filled at once.
+    scheduler.tile(blockIdx.x / blocks, rank, [&](int, int n0) {
+      Ring<kWStages> ring;
+#pragma unroll 1
+      for (int k_block = k_begin; k_block < k_loaded; ++k_block) fetch_w(n0, k_block, ring);
+    });
     prefetch_tensormap(&x_map);
     prefetch_tensormap(&x_lo_map);
   }
@@ -967,30 +995,21 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   barrier_cluster_arrive_relaxed();
   if (!T::kSplitK) barrier_cluster_wait();
 
-  // This block's part of k, in blocks of 64.
-  const int all_blocks = (args.k + kTileK - 1) / kTileK;
-  const int k_begin = T::kSplitK ? int(int64_t(all_blocks) * rank / blocks) : 0;
-  const int k_end = T::kSplitK ? int(int64_t(all_blocks) * (rank + 1) / blocks) : all_blocks;
-
   // A tile's panels that have rows of x. Measured: those that have none, loaded as zeros, take longer than others.
   auto panels_of = [&](int m0) {
     return T::kSharesW ? max(0, min(kPanels, (args.m - m0 + T::kPanelM - 1) / T::kPanelM)) : 1;
   };
 
+  // No block may end while another still multicasts or copies to it, or arrives on its barriers.
+  auto end = [] {
+    if (T::kSplitK) return;
+    barrier_cluster_arrive();
+    barrier_cluster_wait();
+  };
+
   if (warp < 4) {  // ------------------------------------------------------------ producers
     setmaxnreg_dec<T::kProducerRegisters>();
     if (lane == 0 && warp < 2) {
-      auto issue_w = [&](int n0, int k_block, Ring<kWStages> ring) {
-        const uint32_t barrier = w_full + 8 * ring.stage, to = w_stages + ring.stage * T::kWStageBytes;
-        mbarrier_wait(w_empty + 8 * ring.stage, ring.phase ^ 1);
-        mbarrier_arrive_expect_tx(barrier, T::kWStageBytes);
-        const int k0 = k_block * kTileK;
-        if (T::kSharesW) n0 += int(rank) * T::kWRows;  // this block's half
-        for (int box = 0; box < T::kWBoxes; ++box)
-          cp_async_bulk_tensor_2d(to + box * T::kWBoxRows * 128, &w_map,
-                                  T::kTransposedW ? n0 + box * 32 : k0 + box * 32, T::kTransposedW ? k0 : n0, barrier,
-                                  1 << rank);
-      };
       auto issue_x = [&](int m0, int k_block, Ring<kXStages> ring) {  // this block's slice, for all that share it
         constexpr int rows = T::kPanelM / T::kSharers;
         const int slice = T::kSharers == 1 ? 0 : int(rank) * rows;
@@ -1006,15 +1025,24 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 
       // Two threads, so that W may run ahead by its whole ring while x waits for a stage, and the other way round.
       if (warp == 0) {
-        Ring<kWStages> ring;
-        TileScheduler<T>(args.m, args.n).for_each_tile(rank, blocks, [&](int m0, int n0) {
-          for (int k_block = k_begin; k_block < k_end; ++k_block, ring.advance()) issue_w(n0, k_block, ring);
+        int first = k_loaded;
+        Ring<kWStages> ring;  // as it is after these
+        if (first - k_begin < kWStages) ring.stage = first - k_begin;
+        if (first - k_begin == kWStages) ring.phase = 1;
+        scheduler.for_each_tile(rank, blocks, [&](int, int n0) {
+#pragma unroll 1
+          for (int k_block = first; k_block < k_end; ++k_block) {
+            mbarrier_wait(w_empty + 8 * ring.stage, ring.phase ^ 1);
+            fetch_w(n0, k_block, ring);
+          }
+          first = k_begin;
         });
       } else {
         Ring<kXStages> ring;
         // split_rows_kernel may still be at x; W is the caller's, or a copy made before that began.
         griddepcontrol_wait();
-        TileScheduler<T>(args.m, args.n).for_each_tile(rank, blocks, [&](int m0, int n0) {
+        scheduler.for_each_tile(rank, blocks, [&](int m0, int n0) {
+#pragma unroll 1
           for (int k_block = k_begin; k_block < k_end; ++k_block)
 #pragma unroll 1
             for (int panel = 0; panel < panels_of(m0); ++panel, ring.advance())
@@ -1032,7 +1060,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       const int first_row = (warp - 4) * kWarpRows, row = first_row + lane / 2, swizzle = row % 8, half = lane % 2;
       Ring<kWStages> w_ring;
       Ring<kConvertedStages> ring;
-      TileScheduler<T>(args.m, args.n).for_each_tile(rank, blocks, [&](int, int) {
+      scheduler.for_each_tile(rank, blocks, [&](int, int) {
         float scale = scale_of(0);
 #pragma unroll 1
         for (int k_block = k_begin; k_block < k_end; ++k_block, w_ring.advance(), ring.advance()) {
@@ -1167,6 +1195,29 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     };
     if (consumer == 1) give_turn();
 
+    // ---- both operands from shared memory: a panel's products with a block of W, which are added to sums
+    auto w_descriptor = [&] { return matrix_descriptor(stages + w_ring.stage * kStageBytes + consumer * (64 * 128)); };
+    [[maybe_unused]] auto multiply_panel = [&](float* sums, uint32_t w, bool is_first) {
+      using Multiplied = typename T::Multiplied;
+      using Product = Wgmma<T::kPanelM>;
+      wait_for_x();
+      const uint32_t x = x_descriptor();
+      await_turn();
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {  // 16 k are 32 bytes, which is 2 in a descriptor
+        const uint64_t a = kDescriptorUpper | (w + 2 * step), b = kDescriptorUpper | (x + 2 * step);
+        const bool adds = !is_first || step > 0;
+        if (T::kParts == 2) {
+          Product::template multiply<Multiplied>(sums, a + T::kConvertedPartBytes / 16, b, adds);
+          Product::template multiply<Multiplied>(sums, a, b + T::kXPartBytes / 16, 1);
+        }
+        Product::template multiply<Multiplied>(sums, a, b, T::kParts == 2 || adds);
+      }
+      wgmma_commit_group();
+      give_turn();
+    };
+
     // ---- from what the converters make
     auto load_inverses = [&](float (&inverse)[2]) {
       const uint32_t from = inverses + w_ring.stage * T::kInverseBytes + row_of(r) * 4;
@@ -1180,24 +1231,11 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         float inverse[2];
         load_inverses(inverse);
         note_inverse(inverse);
-        const uint32_t w_hi = matrix_descriptor(stages + w_ring.stage * kStageBytes + consumer * (64 * 128));
+        const uint32_t w_block = w_descriptor();
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel) {
           if (panel >= panels) continue;
-          wait_for_x();
-          const uint32_t x_hi = x_descriptor();
-          await_turn();
-          wgmma_fence();
-#pragma unroll
-          for (int step = 0; step < 4; ++step) {  // 16 k are 32 bytes, which is 2 in a descriptor
-            const uint64_t a_hi = kDescriptorUpper | (w_hi + 2 * step), a_lo = a_hi + T::kConvertedPartBytes / 16;
-            const uint64_t b_hi = kDescriptorUpper | (x_hi + 2 * step), b_lo = b_hi + T::kXPartBytes / 16;
-            Wgmma<T::kPanelM>::template multiply<__half>(partial, a_lo, b_hi, step > 0);
-            Wgmma<T::kPanelM>::template multiply<__half>(partial, a_hi, b_lo, 1);
-            Wgmma<T::kPanelM>::template multiply<__half>(partial, a_hi, b_hi, 1);
-          }
-          wgmma_commit_group();
-          give_turn();
+          multiply_panel(partial, w_block, true);
           wgmma_wait_group<0>();
           release_x(x_ring);
           add_partial(total + panel * (T::kPanelM / 2), inverse);
@@ -1288,7 +1326,9 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       Ring<kXStages> x_done = x_ring;
       float inverse[2] = {1, 1};
       auto release_read_w = [&] { release_w(w_done, !T::kSharesW || (is_known(inverse[0]) && is_known(inverse[1]))); };
-      if (panels < kPanels) clear_total();  // what is not multiplied must not look like a product that is not finite
+      // What no panel of x is multiplied with must not look like a product that is not finite. And a total that begins
+      // anew need not be kept while sums are computed again.
+      if (T::kSharesW) clear_total();
 #pragma unroll 1
       for (int k_block = k_begin; k_block < k_end; ++k_block) {
         wait_for_w();
@@ -1302,19 +1342,11 @@ __global__ void __launch_bounds__(T::kThreads, 1)
           }
           inverse[0] = now[0], inverse[1] = now[1];
         }
-        const uint32_t a = matrix_descriptor(stages + w_ring.stage * kStageBytes + consumer * (64 * 128));
+        const uint32_t w_block = w_descriptor();
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel) {
           if (panel >= panels) continue;
-          wait_for_x();
-          const uint32_t x = x_descriptor();
-          wgmma_fence();
-#pragma unroll
-          for (int step = 0; step < 4; ++step)
-            Wgmma<T::kPanelM>::template multiply<typename T::Multiplied>(
-                total + panel * (T::kPanelM / 2), kDescriptorUpper | (a + 2 * step), kDescriptorUpper | (x + 2 * step),
-                k_block > k_begin || step > 0);
-          wgmma_commit_group();
+          multiply_panel(total + panel * (T::kPanelM / 2), w_block, k_block == k_begin);
           x_ring.advance();
           wgmma_wait_group<1>();
           if (panel == 0 && k_block == k_begin) continue;
@@ -1329,7 +1361,19 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       if constexpr (T::kSharesW) scale_total(inverse[0], inverse[1]), note_inverse(inverse);
     };
 
-    TileScheduler<T>(args.m, args.n).for_each_tile(rank, blocks, [&](int m0, int n0) {
+    const Element* all_bias = static_cast<const Element*>(args.bias);
+    Element* out = static_cast<Element*>(args.out);
+    Element* z = static_cast<Element*>(args.z);
+    auto bias_of = [&](int n) { return all_bias != nullptr && n < args.n ? to_compute(all_bias[n]) : 0; };
+    [[maybe_unused]] const float *all_x = static_cast<const float*>(args.x), *all_w = static_cast<const float*>(args.w);
+    [[maybe_unused]] auto w_at = [&](int n, int k) {  // float32
+      return T::kTransposedW ? all_w + k * args.w_stride + n : all_w + n * args.w_stride + k;
+    };
+    // Float32: a bit for each tile, whether this thread has met a product there that is not finite. The lowest is the
+    // last tile's, the highest stands for all tiles before the last 31.
+    uint32_t not_finite = 0;
+
+    scheduler.for_each_tile(rank, blocks, [&](int m0, int n0) {
       largest_inverse[0] = largest_inverse[1] = 0;
       if constexpr (!T::kPromotes)
         multiply_whole(panels_of(m0));
@@ -1338,55 +1382,27 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       else
         multiply_converting();
 
-      // Epilogue. The thread's columns of out are n_of(r, 0) and n_of(r, 1).
+      // Epilogue. The thread's columns of out are n_of(r, 0) and n_of(r, 1). Measured: what is rarely executed should
+      // be short or far away, since instructions are read from memory, too. So that z is stored by the same code as
+      // out, in a pass of its own with scale 0.
       constexpr int kRowsAtOnce = T::kRows < 128 ? T::kRows : 128;  // of float32 epilogues
-      const Element* all_bias = static_cast<const Element*>(args.bias);
-      Element* out = static_cast<Element*>(args.out);
-      Element* z = static_cast<Element*>(args.z);
       auto n_of = [&](int r_, int half) { return n0 + row_of(r_) + half * T::kColumnStep; };
       if constexpr (T::kOperands == Operands::kStaged) {
         const float inverse[2] = {args.w_split.inverse_scale[n_of(r, 0)], args.w_split.inverse_scale[n_of(r, 1)]};
         scale_total(inverse[0], inverse[1]);
         note_inverse(inverse);
       }
-      [[maybe_unused]] const bool is_whole = m0 + T::kRows <= args.m && n0 + kTileN <= args.n && args.n % 2 == 0;
-      float bias[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        bias[half] = all_bias != nullptr && n_of(r, half) < args.n ? to_compute(all_bias[n_of(r, half)]) : 0;
-
-      [[maybe_unused]] auto w_at = [&](int n, int k) {  // float32 W
-        const float* all_w = static_cast<const float*>(args.w);
-        return T::kTransposedW ? all_w + k * args.w_stride + n : all_w + n * args.w_stride + k;
-      };
+      float bias[2] = {bias_of(n_of(r, 0)), bias_of(n_of(r, 1))};
 
       // Groups of 8 rows: four of a thread's elements, two rows of out from m = the group's first + 2q and two columns,
       // as [column][row]. A warp's stores fill whole 32-byte sectors.
-      // Float32, rows with outliers: adds their products, in the scale of the row's others.
-      auto add_outliers = [&](int m, float* values) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const RowScale row = {args.x_split.inverse_scale[m + e]};
-          if (!row.has_outliers()) continue;
-          const Outliers& outliers = args.x_split.outliers[m + e];
-#pragma unroll 1
-          for (int j = 0; j < Outliers::kMax && outliers.k[j] >= 0; ++j) {
-            const float value = outliers.value[j] * inverse_of(row.inverse());
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-              values[e + 2 * half] =
-                  fmaf(value, *w_at(min(n_of(r, half), args.n - 1), outliers.k[j]), values[e + 2 * half]);
-          }
-        }
-      };
-      // Float32: makes sums NaN, to be computed again, that are so small that what small entries have lost may matter.
-      // An entry so small in its scale, where the largest is below 2^15, that its last part is denormal is off by up to
-      // 2^-25. Such errors of x or of W add up, at random, to 2^-25 * 2^15 * sqrt(k) times the largest inverse of W's
-      // scale, in the scale of x's row. The limit is 2^18 times that, 2^11 with one product. A sum is lost if the
-      // thread's other column is within its limit, too, or if it is 2^8 times below its own: one alone may be near 0 by
-      // chance. A row of W that is 0 has limit 0, and always agrees; two have nothing to lose. A sum of 0 is taken for
-      // right, unless entries of x became zero. With the largest scale there is, that of zeros and of the smallest
-      // numbers, nothing is lost.
+      // Float32: is a sum so small that what small entries have lost may matter? An entry so small in its scale, where
+      // the largest is below 2^15, that its last part is denormal is off by up to 2^-25. Such errors of x or of W add
+      // up, at random, to 2^-25 * 2^15 * sqrt(k) times the largest inverse of W's scale, in the scale of x's row. The
+      // limit is 2^18 times that, 2^11 with one product. A sum is lost if the thread's other column is within its
+      // limit, too, or if it is 2^8 times below its own: one alone may be near 0 by chance. A row of W that is 0 has
+      // limit 0, and always agrees; two have nothing to lose. With the largest scale there is, that of zeros and of the
+      // smallest numbers, nothing is lost.
       constexpr float kSmallestInverse = 0x1p-126f;
       float limit[2];
       auto find_limit = [&] {
@@ -1395,58 +1411,84 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         for (int half = 0; half < 2; ++half)
           limit[half] = largest_inverse[half] > kSmallestInverse ? factor * largest_inverse[half] : 0;
       };
-      auto discard_lost = [&](int m, float* values, auto groups) {
-        constexpr int kPairs = 2 * decltype(groups)::value;
-        auto of = [&](int pair, int half) -> float& { return values[pair / 2 * 4 + pair % 2 + half * 2]; };
-        auto are_lost = [&](float first, float second, bool (&lost)[2]) {
-          const bool both = first <= limit[0] && second <= limit[1] && limit[0] + limit[1] > 0;
-          lost[0] = both || first < 0x1p-8f * limit[0], lost[1] = both || second < 0x1p-8f * limit[1];
-          return lost[0] || lost[1];
-        };
-        float smallest[2] = {INFINITY, INFINITY};  // if these are not lost, as nearly always, none is
-#pragma unroll
-        for (int pair = 0; pair < kPairs; ++pair)
-          for (int half = 0; half < 2; ++half) smallest[half] = fminf(smallest[half], fabsf(of(pair, half)));
-        bool lost[2];
-        if (!are_lost(smallest[0], smallest[1], lost)) return;
-#pragma unroll
-        for (int pair = 0; pair < kPairs; ++pair) {
-          const RowScale row = {args.x_split.inverse_scale[m + pair / 2 * 8 + pair % 2]};
-          are_lost(fabsf(of(pair, 0)), fabsf(of(pair, 1)), lost);
-          if (row.is(RowScale::kOnlyOutliers) || row.inverse() <= kSmallestInverse) continue;
-#pragma unroll
-          for (int half = 0; half < 2; ++half)
-            if (lost[half] && (of(pair, half) != 0 || row.is(RowScale::kVanished))) of(pair, half) = NAN;
-        }
+      auto are_lost = [&](float first, float second, bool (&lost)[2]) {
+        const bool both = first <= limit[0] && second <= limit[1] && limit[0] + limit[1] > 0;
+        lost[0] = both || first < 0x1p-8f * limit[0], lost[1] = both || second < 0x1p-8f * limit[1];
+        return lost[0] || lost[1];
       };
-      // Float32: stores act(z) for kGroups groups. check: NaN once a product is not finite.
-      auto store_float = [&](float* to, int m, const float* values, auto groups, auto act, float& check) {
-        const float2* inverses = reinterpret_cast<const float2*>(args.x_split.inverse_scale + m);
+      auto may_be_lost = [&](const float* values, auto groups) {  // any of these: nearly never
+        float smallest[2] = {INFINITY, INFINITY};
+#pragma unroll
+        for (int i = 0; i < 4 * decltype(groups)::value; ++i) {
+          float& least = smallest[i / 2 % 2];
+          least = fminf(least, fabsf(values[i]));
+        }
+        bool lost[2];
+        return are_lost(smallest[0], smallest[1], lost);
+      };
+      // Float32, what few sums need, in a loop over a copy in local memory: adds the outliers' products, in the scale
+      // of the row's others, and makes lost sums NaN, to be computed again. A sum of 0 is taken for right, unless
+      // entries of x became zero.
+      auto amend = [&](int m, float* values, auto groups) {
+        constexpr int kPairs = 2 * decltype(groups)::value;
+        float copy[2 * kPairs];
+#pragma unroll
+        for (int i = 0; i < 2 * kPairs; ++i) copy[i] = values[i];
+#pragma unroll(kPairs > 2 ? 1 : kPairs)
+        for (int pair = 0; pair < kPairs; ++pair) {  // a row of out
+          const int row_m = m + pair / 2 * 8 + pair % 2;
+          float& first = copy[pair / 2 * 4 + pair % 2];
+          float& second = copy[pair / 2 * 4 + pair % 2 + 2];
+          const RowScale row = {args.x_split.inverse_scale[row_m]};
+          if (row.has_outliers()) {
+            const Outliers& outliers = args.x_split.outliers[row_m];
+#pragma unroll 1
+            for (int j = 0; j < Outliers::kMax && outliers.k[j] >= 0; ++j) {
+              const float value = outliers.value[j] * inverse_of(row.inverse());
+              first = fmaf(value, *w_at(min(n_of(r, 0), args.n - 1), outliers.k[j]), first);
+              second = fmaf(value, *w_at(min(n_of(r, 1), args.n - 1), outliers.k[j]), second);
+            }
+          }
+          bool lost[2];
+          are_lost(fabsf(first), fabsf(second), lost);
+          if (row.is(RowScale::kOnlyOutliers) || row.inverse() <= kSmallestInverse) continue;
+          if (lost[0] && (first != 0 || row.is(RowScale::kVanished))) first = NAN;
+          if (lost[1] && (second != 0 || row.is(RowScale::kVanished))) second = NAN;
+        }
+#pragma unroll
+        for (int i = 0; i < 2 * kPairs; ++i) values[i] = copy[i];
+      };
+      // x's inverse_scale of rows m and m + 1.
+      auto inverses_at = [&](int m) { return *reinterpret_cast<const float2*>(args.x_split.inverse_scale + m); };
+      // Float32. first: the first group's inverses. check: NaN once a product is not finite.
+      auto store_float = [&](float* to, float scale, int m, const float* values, float2 first, auto groups,
+                             float& check) {
         to += int64_t(m) * args.n + n_of(r, 0);
 #pragma unroll
         for (int group = 0; group < decltype(groups)::value; ++group, to += 8 * int64_t(args.n)) {
-          const float2 both = inverses[4 * group];
+          const float2 both = group == 0 ? first : inverses_at(m + 8 * group);
           const RowScale rows[2] = {{both.x}, {both.y}};
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             const float product = values[4 * group + e] * rows[e % 2].inverse();
             check = fmaf(product, 0.0f, check);
-            const float value = act(product + bias[e / 2]);
+            const float value = sigmoid_residual(product + bias[e / 2], scale);
             if (m + group * 8 + e % 2 < args.m && n_of(r, e / 2) < args.n)
               (e % 2 ? to + args.n : to)[e / 2 * T::kColumnStep] = value;
           }
         }
       };
-      // 16 bits: the same. Neighbours along n exchange, so that each has two columns of one row: 4 bytes.
+      // 16 bits, the same. Neighbours along n exchange, so that each has two columns of one row: 4 bytes.
       const bool odd = r % 2;
-      auto store_16bit = [&](Element* to, int m, const float* values, auto groups, auto act) {
+      [[maybe_unused]] const bool is_whole = m0 + T::kRows <= args.m && n0 + kTileN <= args.n && args.n % 2 == 0;
+      auto store_16bit = [&](Element* to, float scale, int m, const float* values, auto groups) {
         constexpr int kGroups = decltype(groups)::value;
         uint32_t both[kGroups][2];
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
           float v[4];
 #pragma unroll
-          for (int e = 0; e < 4; ++e) v[e] = act(values[4 * group + e] + bias[e / 2]);
+          for (int e = 0; e < 4; ++e) v[e] = sigmoid_residual<true>(values[4 * group + e] + bias[e / 2], scale);
           const Vector<Element, 2> even_row = {from_compute<Element>(v[0]), from_compute<Element>(v[2])};
           const Vector<Element, 2> odd_row = {from_compute<Element>(v[1]), from_compute<Element>(v[3])};
           const uint32_t rows[2] = {reinterpret_cast<const uint32_t&>(even_row),
@@ -1473,146 +1515,82 @@ __global__ void __launch_bounds__(T::kThreads, 1)
           }
         }
       };
-      auto identity = [](float value) { return value; };
-      auto act = [&](float value) { return sigmoid_residual<!T::kIsFloat>(value, args.scale); };
-      // m: the first group's first + 2q.
-      auto finish = [&](int m, float* values, auto groups, bool has_outliers, float& check) {
-        constexpr int kGroups = decltype(groups)::value;
-        if constexpr (T::kIsFloat) {
-          if (has_outliers)
+      // m: the first group's first + 2q. first: float32, inverses_at(m), loaded before what branches here.
+      auto finish = [&](int m, float* values, float2 first, auto groups, bool has_outliers, float& check) {
+        if constexpr (T::kIsFloat)
+          if (has_outliers || may_be_lost(values, groups)) amend(m, values, groups);
+#pragma unroll 1
+        for (bool is_z = z != nullptr;; is_z = false) {
+          Element* to = is_z ? z : out;
+          const float scale = is_z ? 0 : args.scale;
+          // Or what follows from these would be kept from pass to pass, in registers that there are not.
+          asm volatile("" : "+f"(bias[0]), "+f"(bias[1]), "+r"(m));
+          if constexpr (T::kIsFloat) {
+            store_float(to, scale, m, values, first, groups, check);
+          } else {
+            constexpr int kGroups = decltype(groups)::value, kBatch = kGroups < 4 ? kGroups : 4;  // as registers allow
 #pragma unroll
-            for (int group = 0; group < kGroups; ++group) add_outliers(m + group * 8, values + 4 * group);
-          discard_lost(m, values, groups);
-          if (z != nullptr) store_float(z, m, values, groups, identity, check);
-          store_float(out, m, values, groups, act, check);
-        } else {
-          constexpr int kBatch = kGroups < 4 ? kGroups : 4;  // as registers allow
-#pragma unroll
-          for (int group = 0; group < kGroups; group += kBatch) {
-            const auto batch = std::integral_constant<int, kBatch>();
-            if (z != nullptr) store_16bit(z, m + group * 8, values + 4 * group, batch, identity);
-            store_16bit(out, m + group * 8, values + 4 * group, batch, act);
+            for (int group = 0; group < kGroups; group += kBatch)
+              store_16bit(to, scale, m + group * 8, values + 4 * group, std::integral_constant<int, kBatch>());
           }
+          if (!is_z) break;
         }
       };
-      auto any_outliers = [&](int m_first) {  // among kRowsAtOnce rows
+      auto sees_outliers = [&](int m_first) {  // a thread, among every 32nd of kRowsAtOnce rows
         bool any = false;
 #pragma unroll
         for (int row = 0; row < kRowsAtOnce; row += 32)
           any |= RowScale{args.x_split.inverse_scale[m_first + min(row + lane, kRowsAtOnce - 1)]}.has_outliers();
-        return __any_sync(~0u, any);
+        return any;
       };
 
-      // A product that is not finite may be so because of the conversion (Inf - Inf in lo, an overflow of the scaled
-      // sum, or discard_lost). Such elements are computed again as float32 dot products, which are NaN or Inf where
-      // eager's are. Which they are is read from what was stored, so that no registers need be kept: an element not
-      // finite for another reason (bias, s) comes out as it was. Of up to 128 rows from m_first, groups of 8 from
-      // first_group to last_group - 1.
-      auto recompute = [&](int m_first, int first_group, int last_group, float check) {
-        if constexpr (T::kIsFloat) {
-          constexpr int kElements = kRowsAtOnce / 2;
-          const float* all_x = static_cast<const float*>(args.x);
-          const bool is_aligned = (T::kConvertsW && !T::kTransposedW) || args.is_aligned;
-          auto load_w_four = [&](int n, int k) {
-            if (!T::kTransposedW) return load_four(w_at(n, 0), k, args.k, is_aligned);
-            auto w_or_zero = [&](int k_) { return k_ < args.k ? *w_at(n, k_) : 0; };
-            return float4{w_or_zero(k), w_or_zero(k + 1), w_or_zero(k + 2), w_or_zero(k + 3)};
-          };
-          auto m_of = [&](int i, int q_) { return m_first + i / 4 * 8 + q_ * 2 + i % 2; };
-          auto at = [&](int i) { return int64_t(m_of(i, q)) * args.n + n_of(r, i / 2 % 2); };
-          auto store = [&](int i, float product) {
-            const float value = product + (i / 2 % 2 ? bias[1] : bias[0]);
-            if (z != nullptr) z[at(i)] = value;
-            out[at(i)] = sigmoid_residual(value, args.scale);
-          };
-          uint64_t not_finite = 0;
-          if (__any_sync(~0u, check != 0)) {
-#pragma unroll 4
-            for (int i = 0; i < kElements; ++i)
-              if (i / 4 >= first_group && i / 4 < last_group && m_of(i, q) < args.m && n_of(r, i / 2 % 2) < args.n &&
-                  !(fabsf(out[at(i)]) < INFINITY))
-                not_finite |= uint64_t(1) << i;
-          }
-          const unsigned count = __reduce_add_sync(~0u, unsigned(__popcll(not_finite)));
-          if (count > 128) {  // many: every thread its own, 8 at a time, so that an operand loaded serves several
-#pragma unroll 1
-            for (int first = 0; first < kElements; first += 8) {
-              float product[8] = {};
-#pragma unroll 1
-              for (int k_block = 0; k_block < args.k; k_block += kTileK) {  // added up apart: smaller rounding errors
-                float sum[8] = {};
-#pragma unroll 2
-                for (int k = k_block; k < min(k_block + kTileK, args.k); k += 4) {
-                  const float4 a[2] = {load_w_four(min(n_of(r, 0), args.n - 1), k),
-                                       load_w_four(min(n_of(r, 1), args.n - 1), k)};
-#pragma unroll
-                  for (int i = 0; i < 8; ++i) {
-                    if (i / 2 % 2) continue;
-                    const int m = min(m_of(first + i, q), args.m - 1);
-                    const float4 b = load_four(all_x + m * args.x_stride, k, args.k, is_aligned);
-#pragma unroll
-                    for (int half = 0; half < 2; ++half) sum[i + 2 * half] = add_dot(a[half], b, sum[i + 2 * half]);
-                  }
-                }
-#pragma unroll
-                for (int i = 0; i < 8; ++i) product[i] += sum[i];
-              }
-#pragma unroll
-              for (int i = 0; i < 8; ++i)
-                if (not_finite >> (first + i) & 1) store(first + i, product[i]);
-            }
-          } else if (count > 0) {  // few: the warp computes one after the other
-            for (unsigned lanes; (lanes = __ballot_sync(~0u, not_finite != 0)) != 0;) {
-              const int owner = __ffs(lanes) - 1;
-              const int i = __shfl_sync(~0u, __ffsll(not_finite) - 1, owner);
-              const int n = n_of(owner / 4, i / 2 % 2);
-              const float* x_row = all_x + m_of(i, owner % 4) * args.x_stride;
-              float sum = 0;
-#pragma unroll 4
-              for (int k = lane * 4; k < args.k; k += 128)
-                sum = add_dot(load_w_four(n, k), load_four(x_row, k, args.k, is_aligned), sum);
-              for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-              if (lane == owner) {
-                store(i, sum);
-                not_finite &= not_finite - 1;
-              }
-            }
-          }
-        }
-      };
-
+      float check = 0;
       if constexpr (T::kSplitK) {
         // Every block adds up what all have for its groups of rows, in the order of k. So all send it theirs, as
         // [other block][group of the receiver's][thread][4]. Its own it keeps as [group][thread][4] where W's ring was:
         // st.async is not defined where a cluster has one block.
-        const uint32_t mine = 16 * (threadIdx.x - (T::kThreads - kConsumerThreads));
-        const auto own = [&](int group) { return w_stages + group * kGroupBytes + mine; };
-        const auto sent = [&](int from, int to, int group) {
-          return sums + ((from - (from > to)) * groups_per_block + group) * kGroupBytes + mine;
+        const uint32_t mine = 16 * (threadIdx.x - (T::kThreads - kConsumerThreads)), own = w_stages + mine;
+        const auto sent = [&](int from, int to) {
+          return sums + (from - (from > to)) * groups_per_block * kGroupBytes + mine;
         };
         static_assert(T::kGroups * kGroupBytes <= kWStages * T::kWStageBytes);
-        bar_sync(3, kConsumerThreads);  // both warpgroups are done with W's ring
-        barrier_cluster_wait();
         // largest_inverse, which a row's four lanes have in common: as [other block][consumer warp][r][row r, r + 8].
         const auto sent_inverses = [&](int from, int to) {
           return sums + T::kSentGroupBytes + (from - (from > to)) * T::kSentInverseBytes +
                  ((warp - kFirstConsumer) * 8 + r) * 8;
         };
-        int owner = 0, its_group = 0;
+        auto send = [&](auto number_of_blocks) {  // known to the compiler, so that few instructions are left
+          constexpr int kBlocks = decltype(number_of_blocks)::value, kShare = (T::kGroups + kBlocks - 1) / kBlocks;
 #pragma unroll
-        for (int group = 0; group < T::kGroups; ++group) {
-          if (owner == int(rank))
-            st_shared_v4(own(its_group), total + 4 * group);
-          else
-            st_async_v4(mapa(sent(rank, owner, its_group), owner), total + 4 * group, mapa(sums_full, owner));
-          if (++its_group == groups_per_block) its_group = 0, ++owner;
-        }
-        if (T::kIsFloat && q == 0)
-#pragma unroll 1
-          for (int to = 0; to < int(blocks) && to * groups_per_block < T::kGroups; ++to)
-            if (to != int(rank)) st_async_v2(mapa(sent_inverses(rank, to), to), largest_inverse, mapa(sums_full, to));
+          for (int owner = 0; owner * kShare < T::kGroups; ++owner) {
+            const float* its = total + owner * kShare * 4;
+            const int groups = min(kShare, T::kGroups - owner * kShare);
+            if (kBlocks == 1 || owner == int(rank)) {
+#pragma unroll
+              for (int group = 0; group < groups; ++group) st_shared_v4(own + group * kGroupBytes, its + 4 * group);
+            } else {
+              const uint32_t to = mapa(sent(rank, owner), owner), barrier = mapa(sums_full, owner);
+#pragma unroll
+              for (int group = 0; group < groups; ++group)
+                st_async_v4(to + group * kGroupBytes, its + 4 * group, barrier);
+              if (T::kIsFloat && q == 0) st_async_v2(mapa(sent_inverses(rank, owner), owner), largest_inverse, barrier);
+            }
+          }
+        };
+        // Before all that waits here: they come from the L2 cache.
+        float2 next_inverses = {};
+        if (T::kIsFloat) next_inverses = inverses_at(m0 + min(first_group, T::kGroups - 1) * 8 + 2 * q);
+        const bool saw_outliers = T::kIsFloat && sees_outliers(m0);
+        bar_sync(3, kConsumerThreads);  // both warpgroups are done with W's ring
+        barrier_cluster_wait();
+        static_assert(kMaxSplits == 4);
+        if (blocks == 1) send(std::integral_constant<int, 1>());
+        if (blocks == 2) send(std::integral_constant<int, 2>());
+        if (blocks == 3) send(std::integral_constant<int, 3>());
+        if (blocks == 4) send(std::integral_constant<int, 4>());
         if (first_group < last_group) {
           mbarrier_wait_cluster(sums_full, 0);
+#pragma unroll 1
           for (int block = 0; T::kIsFloat && block < int(blocks); ++block) {
             if (block == int(rank)) continue;
             const float2 theirs = ld_shared_v2(sent_inverses(block, rank));
@@ -1620,44 +1598,154 @@ __global__ void __launch_bounds__(T::kThreads, 1)
           }
         }
         find_limit();
-        float check = 0;
-        const bool has_outliers = T::kIsFloat && any_outliers(m0);
+        const bool has_outliers = T::kIsFloat && __any_sync(~0u, saw_outliers);
+        uint32_t parts[kMaxSplits];  // of this block's first group
+#pragma unroll
+        for (int block = 0; block < kMaxSplits; ++block) parts[block] = block == int(rank) ? own : sent(block, rank);
 #pragma unroll 1
         for (int group = first_group; group < last_group; ++group) {
+          const float2 inverses = next_inverses;
+          if (T::kIsFloat) next_inverses = inverses_at(m0 + min(group + 1, last_group - 1) * 8 + 2 * q);
           float values[4] = {};
 #pragma unroll
           for (int block = 0; block < kMaxSplits; ++block) {
             if (block >= int(blocks)) continue;
-            const int here = group - first_group;
-            const float4 part = ld_shared_v4(block == int(rank) ? own(here) : sent(block, rank, here));
+            const float4 part = ld_shared_v4(parts[block]);
             values[0] += part.x, values[1] += part.y, values[2] += part.z, values[3] += part.w;
+            parts[block] += kGroupBytes;
           }
-          finish(m0 + group * 8 + 2 * q, values, std::integral_constant<int, 1>(), has_outliers, check);
+          finish(m0 + group * 8 + 2 * q, values, inverses, std::integral_constant<int, 1>(), has_outliers, check);
         }
-        recompute(m0, first_group, last_group, check);
       } else if constexpr (T::kIsFloat) {
         find_limit();
         // 128 rows after the other, in the same registers.
 #pragma unroll 1
         for (int first = 0; first < T::kRows; first += 128) {
-          float check = 0;
-          finish(m0 + first + 2 * q, total, std::integral_constant<int, 16>(), any_outliers(m0 + first), check);
-          recompute(m0 + first, 0, 16, check);
+          const int m = m0 + first + 2 * q;
+          const bool has_outliers = __any_sync(~0u, sees_outliers(m0 + first));
+          finish(m, total, inverses_at(m), std::integral_constant<int, 16>(), has_outliers, check);
 #pragma unroll
           for (int i = 0; i < 64; ++i) total[i] = total[T::kRows / 2 - 64 + i];
         }
       } else {
-        float unused = 0;
-        finish(m0 + 2 * q, total, std::integral_constant<int, T::kRows / 8>(), false, unused);
+        finish(m0 + 2 * q, total, {}, std::integral_constant<int, T::kGroups>(), false, check);
       }
+      not_finite = not_finite << 1 | (not_finite & 1u << 31) | (check != 0);
     });
     if (consumer == 0) await_turn();  // takes the last turn, so that the barrier ends as it began
+
+    // A product that is not finite may be so because of the conversion (Inf - Inf in lo, an overflow of the scaled
+    // sum, or a lost one). Such elements are computed again as float32 dot products, which are NaN or Inf where
+    // eager's are. Which they are is read from what was stored, so that no registers need be kept: an element not
+    // finite for another reason (bias, s) comes out as it was. Of a tile, what this block has of the warp's 16 columns.
+    auto recompute = [&](int m0, int n0) {
+      if constexpr (T::kIsFloat) {
+        const bool is_aligned = (T::kConvertsW && !T::kTransposedW) || args.is_aligned;
+        // Rows outside are not used, but must be read from somewhere.
+        auto x_row = [&](int m) { return all_x + min(m, args.m - 1) * args.x_stride; };
+        auto w_row = [&](int n) { return w_at(min(n, args.n - 1), 0); };
+        auto x_four = [&](const float* row, int k) { return load_four(row, k, args.k, is_aligned); };
+        auto w_four = [&](const float* row, int k) {
+          if (!T::kTransposedW) return load_four(row, k, args.k, is_aligned);
+          auto or_zero = [&](int k_) { return k_ < args.k ? row[k_ * args.w_stride] : 0; };
+          return float4{or_zero(k), or_zero(k + 1), or_zero(k + 2), or_zero(k + 3)};
+        };
+        auto is_lost = [&](int m, int n) {
+          return m < args.m && n < args.n && !(fabsf(out[int64_t(m) * args.n + n]) < INFINITY);
+        };
+        auto store = [&](int m, int n, float product) {
+          const int64_t at = int64_t(m) * args.n + n;
+          const float value = product + bias_of(n);
+          if (z != nullptr) z[at] = value;
+          out[at] = sigmoid_residual(value, args.scale);
+        };
+        const int n_first = n0 + (warp - kFirstConsumer) * 16;
+        const int last = T::kSplitK ? last_group : T::kGroups;
+#pragma unroll 1
+        for (int group = T::kSplitK ? first_group : 0; group < last; group += 2) {  // patches of 16 rows
+          const int m_patch = m0 + group * 8, rows = min(2, last - group) * 8;
+          // A thread looks at column lane % 16, every other row from lane / 16 on.
+          unsigned lost = 0;
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            const int row = 2 * i + lane / 16;
+            if (row < rows && is_lost(m_patch + row, n_first + lane % 16)) lost |= 1 << i;
+          }
+          const unsigned count = __reduce_add_sync(~0u, __popc(lost));
+          if (count > 32) {
+            // Many: the warp multiplies all of them, each thread 8 columns by 4 rows of a quarter of every 16 k, so
+            // that an operand loaded serves several. Blocks of k are added up apart: smaller rounding errors.
+            const int quarter = lane % 4, n = n_first + lane / 4 % 2 * 8, m = m_patch + lane / 8 * 4;
+            int64_t x_rows[4], w_rows[8];  // offsets
+#pragma unroll
+            for (int j = 0; j < 8; ++j) w_rows[j] = w_row(n + j) - all_w;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) x_rows[i] = x_row(m + i) - all_x;
+            // Or the compiler computes them anew for each load.
+#pragma unroll
+            for (int i = 0; i < 4; ++i) asm volatile("" : "+l"(x_rows[i]), "+l"(w_rows[i]), "+l"(w_rows[4 + i]));
+            float product[8][4] = {};
+#pragma unroll 1
+            for (int k_block = 0; k_block < args.k; k_block += 4 * kTileK) {
+              float sum[8][4] = {};
+#pragma unroll 1
+              for (int k = k_block + quarter * 4; k < min(k_block + 4 * kTileK, args.k); k += 16) {
+                float4 a[8];
+#pragma unroll
+                for (int j = 0; j < 8; ++j) a[j] = w_four(all_w + w_rows[j], k);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                  const float4 b = x_four(all_x + x_rows[i], k);
+#pragma unroll
+                  for (int j = 0; j < 8; ++j) sum[j][i] = add_dot(a[j], b, sum[j][i]);
+                }
+              }
+#pragma unroll
+              for (int i = 0; i < 32; ++i) product[i / 4][i % 4] += sum[i / 4][i % 4];
+            }
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+              float mine = 0;  // of row m + quarter
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                float all = product[j][i] + __shfl_xor_sync(~0u, product[j][i], 1);
+                all += __shfl_xor_sync(~0u, all, 2);
+                if (i == quarter) mine = all;
+              }
+              if (lane / 8 * 4 + quarter < rows && is_lost(m + quarter, n + j)) store(m + quarter, n + j, mine);
+            }
+          } else if (count > 0) {  // few: one after the other
+            for (unsigned lanes; (lanes = __ballot_sync(~0u, lost != 0)) != 0;) {
+              const int owner = __ffs(lanes) - 1;
+              const int m = m_patch + 2 * __shfl_sync(~0u, __ffs(lost) - 1, owner) + owner / 16;
+              const int n = n_first + owner % 16;
+              float sum = 0;
+#pragma unroll 4
+              for (int k = lane * 4; k < args.k; k += 128) sum = add_dot(w_four(w_row(n), k), x_four(x_row(m), k), sum);
+              for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+              if (lane == owner) {
+                store(m, n, sum);
+                lost &= lost - 1;
+              }
+            }
+          }
+        }
+      }
+    };
+    if (!T::kIsFloat || !__any_sync(~0u, not_finite != 0)) {
+      end();  // here, and not behind the instructions that follow
+      return;
+    }
+    if constexpr (T::kIsFloat) {
+      __syncwarp();    // what other threads have stored is read, too
+      int later = -1;  // tiles
+      scheduler.for_each_tile(rank, blocks, [&](int, int) { ++later; });
+      scheduler.for_each_tile(rank, blocks, [&](int m0, int n0) {
+        if (__any_sync(~0u, not_finite >> min(later--, 31) & 1)) recompute(m0, n0);
+      });
+    }
   }
-  // No block may end while another still multicasts or copies to it, or arrives on its barriers.
-  if (!T::kSplitK) {
-    barrier_cluster_arrive();
-    barrier_cluster_wait();
-  }
+  end();
 #endif
 }
 
