@@ -221,7 +221,7 @@ def _load(path):
     library.error_string.restype = ctypes.c_char_p
     library.epilogue_forward.argtypes = [_POINTER] * 2 + [_INT64, _DOUBLE, _INT, _INT, _POINTER]
     library.epilogue_backward.argtypes = [_POINTER] * 5 + [_INT64] * 3 + [_DOUBLE, _INT, _INT, _POINTER]
-    library.linear_hopper_scratch.argtypes = [_INT64] * 3 + [_INT]
+    library.linear_hopper_scratch.argtypes = [_POINTER] + [_INT64] * 4 + [_INT] * 2
     library.linear_hopper_scratch.restype = _INT64
     library.linear_hopper.argtypes = [_POINTER] * 6 + [_INT64] * 5 + [_DOUBLE] + [_INT] * 5 + [_POINTER]
     library.pad_rows.argtypes = [_POINTER] * 2 + [_INT64] * 4 + [_INT] * 2 + [_POINTER]
@@ -324,23 +324,28 @@ def select_tile(precision, m, n, k):
     """
     if m == 0 or n < 512 or n * k < _SMALLEST_W or max(m, n, k) > 2**31 - 2048:
         return None  # fewer columns were not measured: a long K would leave most SMs without work
-    # Rows that are not in multiples of 16 bytes must be copied first, which costs more than reading W once more. cuBLAS
-    # drops to a quarter of its rate there, but not while it only streams W for a few rows of x.
+    # Where rows are not in multiples of 16 bytes cuBLAS drops to a quarter of its rate, but not while it only streams W
+    # for a few rows of x. Either x is stored several times then, or W is copied, which costs more than reading it.
     aligned = k % (8 if precision == "16 bit" else 4) == 0
     work = m * n * k
-    tile = min(_tiles(precision, m, n, k), key=lambda tile: _microseconds(m, n, k, *tile))
+
+    def microseconds(tile):
+        copies = not aligned and _copies_weight(tile, m, n)
+        return _microseconds(m, n, k, *tile) + copies * 2 * _weight_bytes(tile, n, k) / _BYTES_PER_MICROSECOND
+
+    tile = min(_tiles(precision, m, n, k), key=microseconds)
     kernel = tile[0]
     # Whether enough SMs have work to stream W at full rate.
     is_full = _blocks(m, n, *tile) >= 120
     if precision == "float32":
         # SGEMM is behind everywhere, but its GEMV, which serves one row, only where W is large and all SMs read it.
         # Below K = 256 it is more accurate, and up to 512 its error is about the kernel's.
-        least = 32 if not aligned else 1 if n * k >= 2**24 and is_full else 2
+        least = 16 if not aligned else 1 if n * k >= 2**24 and is_full else 2
         serves = k >= 512 and m >= least
     elif precision == "tf32":
         if not aligned:
-            tile = "fp16x1_staged", 256, 0
-            serves = m >= 200 and work >= 2**33
+            tile = ("fp16x1_staged" if m > 768 else "fp16x1"), 256, 0
+            serves = m >= 100 and work >= 2**33
         elif m <= 64 or (m <= 128 and k >= 2 * n):
             # For a row cuBLAS has its GEMV; for more than 32 it streams W as fast, unless N gives it few tiles.
             serves = (n * k >= 2**24 and is_full) if m == 1 else (m <= 32 or k >= 2 * n or n * k >= 2**26)
@@ -351,7 +356,7 @@ def select_tile(precision, m, n, k):
             occupied = m * n / (256 * 128 * _RESIDENT[0] * _waves(m, n, *tile))
             serves = occupied >= 0.6 and work >= (2**33 if k >= 2048 else 1.2e10)
     elif not aligned:
-        serves = m >= 64
+        serves = m >= 16 or n * k >= 2**24
     elif m <= 64:  # one launch instead of two where W is small; equal where it is large and all SMs read it
         serves = n * k <= 2**24 or is_full
     else:
@@ -359,6 +364,20 @@ def select_tile(precision, m, n, k):
         # Between, cuBLAS has tiles that fit better.
         serves = (m <= 192 and n <= 1024) or (m >= 1024 and m * n >= 2**22)
     return tile if serves else None
+
+
+def _copies_weight(tile, m, n):
+    """Whether a W whose rows are not in multiples of 16 bytes is copied for such tiles. Others read it as it is, and x
+    is stored up to four times, in 16 bits eight times, which costs no more up to about so many rows.
+    """
+    kernel, rows, _ = tile
+    if kernel == "wgmma16":
+        return m > n // 16
+    return kernel != "fp16x1_staged" and (m > n // 4 or rows != 256)
+
+
+def _weight_bytes(tile, n, k):
+    return (2 if tile[0] == "wgmma16" else 4) * n * k
 
 
 _KERNELS = {"float32": "fp16x3", "tf32": "fp16x1", "16 bit": "wgmma16"}  # that split K
@@ -415,6 +434,12 @@ _COSTS = {
     "fp16x1": _Costs({16: 0.56, 32: 0.65, 64: 0.68, 128: 0.85}, {256: 1.05}, 2.9, 0.029, 3.4, 0.264),
     "wgmma16": _Costs({16: 0.264, 32: 0.313, 64: 0.34, 128: 0.48}, {256: 0.708}, 3.0, 0.021, 3.4, 0.251),
 }
+_OF_A_CLUSTER = {
+    1: 0.5,
+    2: 0.8,
+    3: 0.89,
+}  # the time with so many of a cluster's four panels, where there is one cluster
+_BYTES_PER_MICROSECOND = 4.2e6  # of a copy, read and written
 _RESIDENT = {0: 132, 1: 132, 2: 132, 3: 117, 4: 120}  # blocks that run at once, by splits: clusters must fit the GPCs
 
 
@@ -423,8 +448,10 @@ def _microseconds(m, n, k, kernel, rows, splits):
     costs = _COSTS[kernel]
     blocks_of_k = math.ceil(math.ceil(k / 64) / max(splits, 1))
     per_block = (costs.split_k if splits else costs.shared)[rows]
+    if kernel == "fp16x3" and rows == 256:  # panels of 128 rows that x does not fill are left out
+        per_block *= _OF_A_CLUSTER.get(math.ceil(m / 128), 1.0)
     per_tile = costs.tile + (costs.split * splits + costs.row * rows if splits else 0)
-    megabytes = (2 if kernel == "wgmma16" else 4) * n * k / 1e6
+    megabytes = _weight_bytes((kernel, rows, splits), n, k) / 1e6
     compute = _waves(m, n, kernel, rows, splits) * (blocks_of_k * per_block + per_tile)
     return max(compute, costs.stream + costs.megabyte * megabytes)
 
@@ -479,15 +506,14 @@ def _epilogue_cuda(z, out, scale):
     return out
 
 
+def _in_rows(t):
+    """Whether the rows of a matrix t are contiguous and lie one behind the other, as TMA can read every eighth."""
+    return t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.stride(0) * t.element_size() < 2**37
+
+
 def _in_16_bytes(t):
-    """Whether the rows of a matrix t can be read by TMA: contiguous, beginning at multiples of 16 bytes."""
-    return (
-        t.stride(1) == 1
-        and t.stride(0) >= t.shape[1]
-        and t.stride(0) * t.element_size() % 16 == 0
-        and t.stride(0) * t.element_size() < 2**40
-        and t.data_ptr() % 16 == 0
-    )
+    """Whether the rows of a matrix t can be read by TMA: as `_in_rows`, beginning at multiples of 16 bytes."""
+    return _in_rows(t) and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
 
 
 def _padded(t):
@@ -511,23 +537,26 @@ def _hopper_cuda(tile, x, weight, bias, scale, with_z=False):
     out = x.new_empty((*x.shape[:-1], n))
     z = torch.empty_like(out) if with_z else None
     x, bias = _rows(x), bias.contiguous()
-    if kernel == "fp16x1_staged":  # copies W and x itself, from rows of any alignment
-        x = x if x.stride(1) == 1 else x.contiguous()
-    else:
-        unequal = k * x.element_size() % 16 != 0  # then what TMA reads behind a row must be zero in both
-        x = _padded(x) if unequal or not _in_16_bytes(x) else x
-        weight = _padded(weight) if unequal or not _in_16_bytes(weight) else weight
+    weight = weight if _in_rows(weight) else weight.contiguous()
+    is_aligned = _in_16_bytes(weight) and (kernel == "wgmma16" or k % 4 == 0)
+    if not is_aligned and _copies_weight(tile, m, n):
+        x, weight, is_aligned = _padded(x), _padded(weight), True
         k = x.shape[1]
+    if is_aligned and kernel != "fp16x1_staged":
+        x = x if _in_16_bytes(x) else _padded(x)
+    else:  # x is converted or copied first, from rows of any alignment
+        x = x if x.stride(1) == 1 else x.contiguous()
     _launch_hopper(conversion, shape, x, weight, bias, out, z, (m, n, k), scale)
     return out, z
 
 
 def _launch_hopper(conversion, shape, x, weight, bias, out, z, sizes, scale):
     """linear_hopper of kernels.cu, with its scratch memory; shape: (rows, splits) of the tile, sizes: (m, n, k)."""
-    scratch = x.new_empty(_cuda.linear_hopper_scratch(*sizes, conversion) // 4) if conversion else None
+    dtype, strides = _DTYPES[x.dtype], (x.stride(0), weight.stride(0))
+    scratch_bytes = _cuda.linear_hopper_scratch(weight.data_ptr(), strides[1], *sizes, dtype, conversion)
+    scratch = x.new_empty(scratch_bytes // x.element_size()) if scratch_bytes else None
     pointers = [0 if t is None else t.data_ptr() for t in (x, weight, bias, out, z, scratch)]
-    strides = x.stride(0), weight.stride(0)
-    _launch(_cuda.linear_hopper, x.device, *pointers, *strides, *sizes, scale, _DTYPES[x.dtype], conversion, *shape)
+    _launch(_cuda.linear_hopper, x.device, *pointers, *strides, *sizes, scale, dtype, conversion, *shape)
 
 
 def _matmul_cuda(a, b):

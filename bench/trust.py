@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import functools
 import gc
+import itertools
 import json
 import os
 import random
@@ -52,7 +53,9 @@ SHAPES = {  # M, K, N. On a GPU: for the library, and each of the kernels of its
     ],
     "cpu": [(5, 40, 24), (130, 200, 140), (33, 512, 48)],
 }
-TILE_SHAPE, TILES = (130, 520, 140), (0, 1, 3, 6, 8, 11, 13, 17)  # and with tiles of all kinds: fuzz.any_tile
+# And with tiles of all kinds, see fuzz.any_tile; the second shape with rows of W that are read as they begin, anywhere.
+TILE_SHAPE, TILES = (130, 520, 140), (0, 1, 3, 6, 8, 11, 13, 17)
+UNALIGNED_SHAPE, UNALIGNED_TILES = (20, 521, 332), (0, 6)
 LISTED, MOST_FAILURES = 10, 200  # of a row: failures that the table lists, failures that end it
 
 # --------------------------------------------------------------------------------------------------- the record
@@ -146,10 +149,10 @@ def kernels(device, shapes=None, only=SETTINGS):
         for dtype, precision in only:
             yield shape, dtype, precision, None
     if shapes is None and device == "cuda":
-        for tile in TILES:
-            for dtype, precision in only:
+        for shape, tiles in ((TILE_SHAPE, TILES), (UNALIGNED_SHAPE, UNALIGNED_TILES)):
+            for tile, (dtype, precision) in itertools.product(tiles, only):
                 if dtype != torch.float64:
-                    yield TILE_SHAPE, dtype, precision, tile
+                    yield shape, dtype, precision, tile
 
 
 def _name(dtype):

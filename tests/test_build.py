@@ -119,24 +119,27 @@ def machine_code(toolkit, compiled):
     return disassemble
 
 
-# Operands, element, rows, whether blocks share K, whether W is transposed: as Tile's arguments are mangled.
-MANGLED_TILE = r"OperandsE(\d)E(f|6__half|13__nv_bfloat16)Li(\d+)ELb([01])ELb([01])E"
+# Operands, element, rows, whether blocks share K, whether W is transposed, whether its rows begin anywhere: as Tile's
+# arguments are mangled.
+MANGLED_TILE = r"OperandsE(\d)E(f|6__half|13__nv_bfloat16)Li(\d+)ELb([01])ELb([01])ELb([01])E"
 OPERANDS = {"0": "fp16x3", "1": "fp16x1", "2": "fp16x1_staged", "3": "wgmma16"}
 ELEMENTS = {"f": torch.float32, "6__half": torch.float16, "13__nv_bfloat16": torch.bfloat16}
 
 
 def test_linear_kernel_is_compiled_for_every_tile(machine_code):
-    """And for no other; "fp16x3" for a transposed W, too."""
+    """And for no other; "fp16x3" for a transposed W, too, and what reads a W of any rows once more for that."""
     names = machine_code("90a")
     variants = [
-        (OPERANDS[operands], ELEMENTS[element], int(rows), shares_k == "1", transposed == "1")
-        for operands, element, rows, shares_k, transposed in re.findall(MANGLED_TILE, " ".join(names))
+        (OPERANDS[operands], ELEMENTS[element], int(rows), *(flag == "1" for flag in flags))
+        for operands, element, rows, *flags in re.findall(MANGLED_TILE, " ".join(names))
     ]
     expected = [
-        (kernel, dtype, rows, splits > 0, transposed)
+        (kernel, dtype, rows, splits > 0, transposed, unaligned)
         for kernel, dtype in KINDS
         for _, rows, splits in tiles(kernel, 64)
-        for transposed in ((False, True) if kernel == "fp16x3" else (False,))
+        for transposed, unaligned in ((False, False), (True, False), (False, True))
+        if not transposed or kernel == "fp16x3"
+        if not unaligned or ((kernel == "wgmma16" or rows == 256) and kernel != "fp16x1_staged")
     ]
     assert len(names) == len(variants) and sorted(variants, key=str) == sorted(expected, key=str)
 
@@ -157,7 +160,7 @@ def test_linear_kernel_keeps_its_numbers_in_registers(machine_code):
     tiles that do not share K has such an array, a copy of 64 sums, for the few that `amend` changes.
     """
     for name, code in machine_code("90a").items():
-        _, element, _, shares_k, _ = re.search(MANGLED_TILE, name).groups()
+        _, element, _, shares_k, *_ = re.search(MANGLED_TILE, name).groups()
         local = [len(re.findall(rf"\b{access}\b", code)) for access in ("STL", "LDL")]
         assert "HGMMA" in code and local == ([20, 20] if element == "f" and shares_k == "0" else [0, 0]), name
 

@@ -289,6 +289,26 @@ def test_nothing_outside_is_read_or_written(kernel, dtype, m, n, k, offset):
         assert (scratch[:1024] == 255).all() and (scratch[-1024:] == 255).all(), tile
 
 
+@pytest.mark.parametrize("m, n, k", [(1, 1, 1), (3, 9, 65), (64, 515, 127), (300, 1029, 200), (257, 130, 8195)])
+@pytest.mark.parametrize("extra, offset", [(0, 0), (0, 1), (1, 0), (1, 3), (2, 0), (2, 7), (4, 5), (7, 2)])
+@each_kind
+def test_weights_whose_rows_begin_anywhere(kernel, dtype, m, n, k, extra, offset, monkeypatch):
+    """Read as they are, in the tiles that can. The numbers around W's rows, of which some are read, must not count: NaN
+    in 16 bits, 1e15 in float32, as in the test before. Nor x's.
+    """
+    case = random_case(m, n, k, dtype)
+    expected, value = Expected(*case), 1e15 if dtype == torch.float32 else NAN
+    weight, x = surrounded(case[1], k + extra, offset, value), surrounded(case[0], k + 3, 1, value)
+    copies_weight = model_new._copies_weight
+    monkeypatch.setattr(model_new, "_copies_weight", lambda tile, m, n: copies_weight(tile, 1, n + 4))  # for any m
+    for tile in tiles(kernel, k, splits=(1, 3)):
+        if not copies_weight(tile, 1, 4):
+            leave_nan(kernel, 8 * m, n, k + 8, dtype)
+            for data in (x, case[0]):
+                out, z = fused_with_z(tile, data, weight, case[2])
+                expected.check(tile, out, z)
+
+
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("extra", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

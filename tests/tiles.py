@@ -42,5 +42,6 @@ def a_shape_of(kernel):
 
 
 def scratch_bytes(kernel, m, n, k):
-    """Of memory that a kernel needs for one call."""
-    return model_new._cuda.linear_hopper_scratch(m, n, k, model_new._CONVERSIONS[kernel])
+    """Of memory that a kernel needs for one call, where W's rows are in multiples of 16 bytes."""
+    dtype = model_new._DTYPES[torch.float16 if kernel == "wgmma16" else torch.float32]
+    return model_new._cuda.linear_hopper_scratch(0, 0, m, n, k, dtype, model_new._CONVERSIONS[kernel])
