@@ -348,7 +348,10 @@ def select_tile(precision, m, n, k):
             serves = m >= 100 and work >= 2**33
         elif m <= 64 or (m <= 128 and k >= 2 * n):
             # For a row cuBLAS has its GEMV; for more than 32 it streams W as fast, unless N gives it few tiles.
-            serves = (n * k >= 2**24 and is_full) if m == 1 else (m <= 32 or k >= 2 * n or n * k >= 2**26)
+            if m == 1:
+                serves = n * k >= 2**24 and is_full
+            else:
+                serves = m <= 32 or n * k >= 2**26 or (k >= 2 * n and (m > 64 or n * k < 2**25))
         else:
             # Ahead once tiles of 256 rows keep the SMs busy, and long enough.
             # What the L2 cache delivers binds the kernel: at 4096 rows it pays to copy W in fp16, at 2048 not yet.
@@ -356,7 +359,7 @@ def select_tile(precision, m, n, k):
             occupied = m * n / (256 * 128 * _RESIDENT[0] * _waves(m, n, *tile))
             serves = occupied >= 0.6 and work >= (2**33 if k >= 2048 else 1.2e10)
     elif not aligned:
-        serves = m >= 16 or n * k >= 2**24
+        serves = True
     elif m <= 64:  # one launch instead of two where W is small; equal where it is large and all SMs read it
         serves = n * k <= 2**24 or is_full
     else:
@@ -434,11 +437,8 @@ _COSTS = {
     "fp16x1": _Costs({16: 0.56, 32: 0.65, 64: 0.68, 128: 0.85}, {256: 1.05}, 2.9, 0.029, 3.4, 0.264),
     "wgmma16": _Costs({16: 0.264, 32: 0.313, 64: 0.34, 128: 0.48}, {256: 0.708}, 3.0, 0.021, 3.4, 0.251),
 }
-_OF_A_CLUSTER = {
-    1: 0.5,
-    2: 0.8,
-    3: 0.89,
-}  # the time with so many of a cluster's four panels, where there is one cluster
+# A single cluster's time with 1, 2 or 3 of its four panels of 128 rows: those that x does not fill are left out.
+_OF_A_CLUSTER = {1: 0.56, 2: 0.8, 3: 0.89}
 _BYTES_PER_MICROSECOND = 4.2e6  # of a copy, read and written
 _RESIDENT = {0: 132, 1: 132, 2: 132, 3: 117, 4: 120}  # blocks that run at once, by splits: clusters must fit the GPCs
 
@@ -448,7 +448,7 @@ def _microseconds(m, n, k, kernel, rows, splits):
     costs = _COSTS[kernel]
     blocks_of_k = math.ceil(math.ceil(k / 64) / max(splits, 1))
     per_block = (costs.split_k if splits else costs.shared)[rows]
-    if kernel == "fp16x3" and rows == 256:  # panels of 128 rows that x does not fill are left out
+    if kernel == "fp16x3" and rows == 256:
         per_block *= _OF_A_CLUSTER.get(math.ceil(m / 128), 1.0)
     per_tile = costs.tile + (costs.split * splits + costs.row * rows if splits else 0)
     megabytes = _weight_bytes((kernel, rows, splits), n, k) / 1e6
@@ -537,8 +537,11 @@ def _hopper_cuda(tile, x, weight, bias, scale, with_z=False):
     out = x.new_empty((*x.shape[:-1], n))
     z = torch.empty_like(out) if with_z else None
     x, bias = _rows(x), bias.contiguous()
-    weight = weight if _in_rows(weight) else weight.contiguous()
-    is_aligned = _in_16_bytes(weight) and (kernel == "wgmma16" or k % 4 == 0)
+    in_16_bytes = _in_16_bytes(weight)
+    if not in_16_bytes and not _in_rows(weight):
+        weight = weight.contiguous()
+        in_16_bytes = _in_16_bytes(weight)
+    is_aligned = in_16_bytes and (kernel == "wgmma16" or k % 4 == 0)
     if not is_aligned and _copies_weight(tile, m, n):
         x, weight, is_aligned = _padded(x), _padded(weight), True
         k = x.shape[1]
@@ -546,15 +549,19 @@ def _hopper_cuda(tile, x, weight, bias, scale, with_z=False):
         x = x if _in_16_bytes(x) else _padded(x)
     else:  # x is converted or copied first, from rows of any alignment
         x = x if x.stride(1) == 1 else x.contiguous()
-    _launch_hopper(conversion, shape, x, weight, bias, out, z, (m, n, k), scale)
+    _launch_hopper(conversion, shape, x, weight, bias, out, z, (m, n, k), scale, is_aligned)
     return out, z
 
 
-def _launch_hopper(conversion, shape, x, weight, bias, out, z, sizes, scale):
-    """linear_hopper of kernels.cu, with its scratch memory; shape: (rows, splits) of the tile, sizes: (m, n, k)."""
-    dtype, strides = _DTYPES[x.dtype], (x.stride(0), weight.stride(0))
-    scratch_bytes = _cuda.linear_hopper_scratch(weight.data_ptr(), strides[1], *sizes, dtype, conversion)
-    scratch = x.new_empty(scratch_bytes // x.element_size()) if scratch_bytes else None
+def _launch_hopper(conversion, shape, x, weight, bias, out, z, sizes, scale, is_aligned=True):
+    """linear_hopper of kernels.cu, with its scratch memory; shape: (rows, splits) of the tile, sizes: (m, n, k).
+
+    is_aligned: W's rows are in multiples of 16 bytes, and need no copies of x.
+    """
+    dtype, strides, scratch = _DTYPES[x.dtype], (x.stride(0), weight.stride(0)), None
+    if conversion or not is_aligned:
+        scratch_bytes = _cuda.linear_hopper_scratch(weight.data_ptr(), strides[1], *sizes, dtype, conversion)
+        scratch = x.new_empty(scratch_bytes // x.element_size())
     pointers = [0 if t is None else t.data_ptr() for t in (x, weight, bias, out, z, scratch)]
     _launch(_cuda.linear_hopper, x.device, *pointers, *strides, *sizes, scale, dtype, conversion, *shape)
 
