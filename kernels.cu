@@ -485,7 +485,7 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 //       scale a row, W one for every row and block of 64 k. Where few entries of a row of x stand out (see Outliers)
 //       they are multiplied apart, in float32, and do not count.
 //     Small sums: where a row's large entries meet zeros, the result is made of those that have lost bits. The epilogue
-//       knows such sums by their size (see discard_lost), and they are computed again in float32. For kRounded and
+//       knows such sums by their size (see are_lost), and they are computed again in float32. For kRounded and
 //       kStaged, too.
 //     Accumulation: the tensor core truncates when it adds to its float32 accumulator. So it only ever adds one block
 //       of 64 k to a fresh `partial`; the partial is scaled back (exact) and added to `total` by an ordinary fma.
@@ -495,12 +495,13 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 //   kStaged   the same from a copy of W that is rounded beforehand, with one scale a row.
 //   kNative   float16 or bfloat16 as they are.
 //
-// Data flow. x is converted beforehand, by split_rows_kernel, and multiplied from shared memory. W as float32 comes by
-//   TMA to shared memory and is converted in the kernel; nothing about it is stored in global memory. In tiles of 256
-//   rows a warpgroup of converters does that: from W's ring to registers, from there to a second ring, from which it is
-//   multiplied. In smaller tiles the consumers do it: each thread loads its part of the fragment, finds the scale with
-//   its three neighbours, and A is multiplied from registers. Where W has 16 bits both are multiplied from shared
-//   memory.
+// Data flow. x as float32 is converted beforehand, by split_rows_kernel, and multiplied from shared memory. W as
+// float32
+//   comes by TMA to shared memory and is converted in the kernel; nothing about it is stored in global memory. In tiles
+//   of 256 rows a warpgroup of converters does that: from W's ring to registers, from there to a second ring, from
+//   which it is multiplied. In smaller tiles the consumers do it: each thread loads its part of the fragment, finds the
+//   scale with its three neighbours, and A is multiplied from registers. Where both have 16 bits they are multiplied
+//   from shared memory as they come.
 // Tile. A block computes 128 columns of out, half of them each consumer warpgroup, and kRows rows. A wgmma covers
 //   kPanelM of them: all, or with converters 128 of 256, in two panels.
 // Warps. One producer thread issues TMA for W, one for x. Where the consumers add up partials the two warpgroups take
@@ -520,15 +521,13 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 // Order of k. A product may sum k in any order if both operands agree. A consumer loads W in 16 bytes, four consecutive
 //   k, where the fragment wants k = 2q, 2q+1, 2q+8, 2q+9 (q = lane % 4); so split_rows_kernel stores each group of 16 k
 //   in the order 0 1 4 5 8 9 12 13 2 3 6 7 10 11 14 15 for it. Converters keep the order that k has.
-// Rows of W that begin anywhere (kUnalignedW). TMA reads from multiples of 16 bytes only. So a row is read from the
-// last
-//   one before it on, up to 7 numbers early, and x is stored with as many zeros in front of its rows: once for every
-//   such shift. All rows of a tile must have the same, so it has every 2nd, 4th or 8th row of W and column of out. What
-//   was read early belongs to another row and may be NaN. It is made 0: by the converters, in registers, or with 16
-//   bits by the consumers, in shared memory.
-// First things first. W is fetched as soon as its barriers stand, before the block's other warps have begun, and what
-// is
-//   rarely executed lies behind what every launch executes: with few rows, these are microseconds.
+// Rows of W that begin anywhere (kUnalignedW). TMA reads from multiples of 16 bytes only. So a row is read up to 7
+//   numbers early, and x is stored with as many zeros in front of its rows: once for every such shift, by
+//   split_rows_kernel, or with 16 bits by shift_rows_kernel. All rows of a tile are multiplied by the same copy of x,
+//   so it has every 2nd, 4th or 8th row of W, and column of out. What was read early belongs to another row and may be
+//   NaN. It is made 0: by the converters, in registers, or with 16 bits by the consumers, in shared memory.
+// What short launches wait for. W is fetched as soon as its barriers are set up, before the block's other warps begin,
+//   and code that rarely runs lies behind the code that every launch runs: with few rows these are microseconds.
 
 namespace hopper {
 
@@ -674,7 +673,8 @@ struct WRows {
   bool are_aligned() const { return interleave == 1 && offset == 0; }
 };
 
-// What split_rows_kernel makes of a matrix [m, k]. One allocation, whose parts are 128-byte aligned.
+// What split_rows_kernel makes of a matrix [m, k], and where shift_rows_kernel puts its copies of x, in hi, of 16-bit
+// elements of either type. One allocation, whose parts are 128-byte aligned.
 struct SplitRows {
   int padded_k;     // k and the zeros in front of it, up to whole blocks
   __half *hi, *lo;  // [copies, m, padded_k], k in its order or in the one described above; lo is hi where there is one
@@ -682,7 +682,7 @@ struct SplitRows {
   float* inverse_scale;  // [m up to a multiple of kPaddedRows]; see RowScale
   Outliers* outliers;    // [m], where inverse_scale is negative
 
-  // copies: one for each shift of W's rows, or 0 where they are in multiples of 16 bytes.
+  // copies: one for each shift of W's rows, with up to 7 zeros in front; 0 where they are in multiples of 16 bytes.
   __host__ __device__ SplitRows(void* scratch, int64_t m, int64_t k, int parts, int copies = 0)
       : padded_k(int((k + (copies > 0 ? 7 : 0) + kTileK - 1) / kTileK * kTileK)),
         hi(static_cast<__half*>(scratch)),
@@ -707,7 +707,8 @@ __device__ __forceinline__ float4 load_four(const float* row, int at, int k, boo
 // One block for each row of x [m, k] with row stride x_stride, and for the rows missing to whole tiles.
 // kBlockThreads: more where few rows make the next kernel wait, which begins on an SM when its blocks are done.
 // kParts: 2 for hi and lo, 1 for hi. kHasOutliers: whether they are set apart, as rows of x allow. keeps_order: k keeps
-// its order, or else has that of wgmma's fragments.
+// its order, or else has that of wgmma's fragments. blockIdx: row, copy for a shift of W's rows; of what the copies
+// have in common, the scale and the outliers, the first writes.
 template <int kBlockThreads, int kParts, bool kHasOutliers>
 __global__ void __launch_bounds__(kBlockThreads)
     split_rows_kernel(const float* __restrict__ x, int64_t x_stride, const SplitRows split, const WRows w_rows, int m,
@@ -880,7 +881,7 @@ struct Arguments {
   const void* bias;            // [n]
   void* out;                   // [m, n]
   void* z;                     // [m, n], or null where it is not wanted
-  SplitRows x_split, w_split;  // of x where it is float32; of W with kStaged
+  SplitRows x_split, w_split;  // of x, where it is float32 or W unaligned; of W with kStaged
   int64_t x_stride, w_stride;
   int m, n, k;
   float scale;      // s
@@ -1385,8 +1386,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       Ring<kXStages> x_done = x_ring;
       float inverse[2] = {1, 1};
       auto release_read_w = [&] { release_w(w_done, !T::kSharesW || (is_known(inverse[0]) && is_known(inverse[1]))); };
-      // What no panel of x is multiplied with must not look like a product that is not finite. And a total that begins
-      // anew need not be kept while sums are computed again.
+      // What no panel of x is multiplied with must not look like a product that is not finite. It also tells the
+      // compiler that what total has been is needed no more.
       if (T::kSharesW) clear_total();
 #pragma unroll 1
       for (int k_block = k_begin; k_block < k_end; ++k_block) {
@@ -1494,9 +1495,9 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         bool lost[2];
         return are_lost(smallest[0], smallest[1], lost);
       };
-      // Float32, what few sums need, in a loop over a copy in local memory: adds the outliers' products, in the scale
-      // of the row's others, and makes lost sums NaN, to be computed again. A sum of 0 is taken for right, unless
-      // entries of x became zero.
+      // Float32, what few sums need: adds the outliers' products, in the scale of the row's others, and makes lost sums
+      // NaN, to be computed again. A loop, for short code, and so over a copy in local memory, which can be indexed. A
+      // sum of 0 is taken for right, unless entries of x became zero.
       auto amend = [&](int m, float* values, auto groups) {
         constexpr int kPairs = 2 * decltype(groups)::value;
         float copy[2 * kPairs];
@@ -1604,7 +1605,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         for (bool is_z = z != nullptr;; is_z = false) {
           Element* to = is_z ? z : out;
           const float scale = is_z ? 0 : args.scale;
-          // Or what follows from these would be kept from pass to pass, in registers that there are not.
+          // Hides from the compiler that both passes begin with the same: it would compute what follows from that once
+          // and keep it, but no registers are free.
           asm volatile("" : "+f"(bias[0]), "+f"(bias[1]), "+r"(m));
           if constexpr (T::kIsFloat) {
             store_float(to, scale, m, values, first, groups, check);
@@ -1663,7 +1665,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
             }
           }
         };
-        // Before all that waits here: they come from the L2 cache.
+        // Loaded before the waiting that follows, which hides how long the L2 cache takes.
         float2 next_inverses = {};
         if (T::kIsFloat) next_inverses = inverses_at(m0 + min(first_group, T::kGroups - 1) * 8 + 2 * q);
         const bool saw_outliers = T::kIsFloat && sees_outliers(m0);
@@ -1997,7 +1999,8 @@ static cudaError_t launch(const Arguments& args, int rows, int splits, int devic
   if (splits == 0 && rows == 256) return launch_if(Tile<kOperands, Element, 256, false, kTransposedW, kUnalignedW>());
   if constexpr (kOperands == Operands::kSplit && !kUnalignedW)
     if (splits == 0 && rows == 128) return launch_if(Tile<kOperands, Element, 128, false, kTransposedW>());
-  // Copying W pays with many rows only. Where consumers convert it, x would have to be stored once for every shift.
+  // A copy of W (kStaged) pays with many rows only. For an unaligned W the smaller tiles of float32 are not built,
+  // which would be nine variants more.
   if constexpr (kOperands == Operands::kNative || (kOperands != Operands::kStaged && !kUnalignedW)) {
     if (is_split && rows == 128) return launch_if(Tile<kOperands, Element, 128, true, kTransposedW, kUnalignedW>());
     if (is_split && rows == 64) return launch_if(Tile<kOperands, Element, 64, true, kTransposedW, kUnalignedW>());
@@ -2147,9 +2150,9 @@ int64_t linear_hopper_scratch(const void* w, int64_t w_stride, int64_t m, int64_
 //   conversion: kNone with float16 and bfloat16, one of the others with float32.
 //   x [m, k] and w [n, k] with unit stride along k, rows and pointers in multiples of 16 bytes; float32 also k.
 //   kStaged: any rows. kSplitTransposed: w is [k, n] with unit stride along n, its rows and pointer in multiples of 16
-//   bytes; x has any rows. kNone, and tiles of 256 rows: any rows of w; kSplit and kRounded then also of x. bias [n],
-//   or null; out [m, n] and z [m, n], contiguous, z null where it is not wanted. m, n, k from 1 to 2^31 - 2048.
-//   scratch: 128-byte aligned.
+//   bytes; x has any rows. kNone, and kSplit and kRounded in tiles of 256 rows: or w has other rows (float32: or k is
+//   no multiple of 4), and then x any. bias [n], or null; out [m, n] and z [m, n], contiguous, z null where it is not
+//   wanted. m, n, k from 1 to 2^31 - 2048. scratch: 128-byte aligned, null where none is needed.
 int linear_hopper(const void* x, const void* w, const void* bias, void* out, void* z, void* scratch, int64_t x_stride,
                   int64_t w_stride, int64_t m, int64_t n, int64_t k, double scale, int dtype, int conversion, int rows,
                   int splits, int device, cudaStream_t stream) {
@@ -2161,6 +2164,7 @@ int linear_hopper(const void* x, const void* w, const void* bias, void* out, voi
   if ((what == Conversion::kNone) == (static_cast<DType>(dtype) == DType::kFloat32)) return cudaErrorInvalidValue;
   const ReadsW reads(w, w_stride, k, static_cast<DType>(dtype), what);
   const int parts = parts_of(what), copies = reads.copies_of_x();
+  if (scratch == nullptr && (what != Conversion::kNone || copies > 0)) return cudaErrorInvalidValue;
   const hopper::SplitRows x_split(scratch, m, k, parts, copies);
   const hopper::SplitRows w_split(static_cast<char*>(scratch) + hopper::SplitRows::bytes(m, k, parts, copies), n, k, 1);
   const bool has_aligned_w =

@@ -324,8 +324,8 @@ def select_tile(precision, m, n, k):
     """
     if m == 0 or n < 512 or n * k < _SMALLEST_W or max(m, n, k) > 2**31 - 2048:
         return None  # fewer columns were not measured: a long K would leave most SMs without work
-    # Where rows are not in multiples of 16 bytes cuBLAS drops to a quarter of its rate, but not while it only streams W
-    # for a few rows of x. Either x is stored several times then, or W is copied, which costs more than reading it.
+    # Where rows are not in multiples of 16 bytes cuBLAS drops to a quarter of its rate, in float32 not while it only
+    # streams W for a few rows of x. Here either x is stored several times then, or W is copied, see `_copies_weight`.
     aligned = k % (8 if precision == "16 bit" else 4) == 0
     work = m * n * k
 
@@ -370,8 +370,9 @@ def select_tile(precision, m, n, k):
 
 
 def _copies_weight(tile, m, n):
-    """Whether a W whose rows are not in multiples of 16 bytes is copied for such tiles. Others read it as it is, and x
-    is stored up to four times, in 16 bits eight times, which costs no more up to about so many rows.
+    """Whether a W whose rows are not in multiples of 16 bytes is copied for such tiles. Else it is read as it is, and x
+    stored up to four times, in 16 bits eight times: measured, cheaper up to about M = N / 4, in 16 bits N / 16.
+    The tiles of float32 that do not have 256 rows cannot.
     """
     kernel, rows, _ = tile
     if kernel == "wgmma16":
@@ -507,7 +508,7 @@ def _epilogue_cuda(z, out, scale):
 
 
 def _in_rows(t):
-    """Whether the rows of a matrix t are contiguous and lie one behind the other, as TMA can read every eighth."""
+    """Whether the rows of a matrix t are contiguous, do not overlap, and eight rows are less than TMA's 2^40 bytes."""
     return t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.stride(0) * t.element_size() < 2**37
 
 
@@ -556,7 +557,7 @@ def _hopper_cuda(tile, x, weight, bias, scale, with_z=False):
 def _launch_hopper(conversion, shape, x, weight, bias, out, z, sizes, scale, is_aligned=True):
     """linear_hopper of kernels.cu, with its scratch memory; shape: (rows, splits) of the tile, sizes: (m, n, k).
 
-    is_aligned: W's rows are in multiples of 16 bytes, and need no copies of x.
+    is_aligned: W's rows, and K in float32, are in multiples of 16 bytes, and need no copies of x.
     """
     dtype, strides, scratch = _DTYPES[x.dtype], (x.stride(0), weight.stride(0)), None
     if conversion or not is_aligned:
