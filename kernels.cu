@@ -26,7 +26,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cfloat>
 #include <cstdint>
 #include <type_traits>
 #include <utility>
@@ -496,12 +495,11 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 //   kNative   float16 or bfloat16 as they are.
 //
 // Data flow. x as float32 is converted beforehand, by split_rows_kernel, and multiplied from shared memory. W as
-// float32
-//   comes by TMA to shared memory and is converted in the kernel; nothing about it is stored in global memory. In tiles
-//   of 256 rows a warpgroup of converters does that: from W's ring to registers, from there to a second ring, from
-//   which it is multiplied. In smaller tiles the consumers do it: each thread loads its part of the fragment, finds the
-//   scale with its three neighbours, and A is multiplied from registers. Where both have 16 bits they are multiplied
-//   from shared memory as they come.
+//   float32 comes by TMA to shared memory and is converted in the kernel; nothing about it is stored in global memory.
+//   In tiles of 256 rows a warpgroup of converters does that: from W's ring to registers, from there to a second ring,
+//   from which it is multiplied. In smaller tiles the consumers do it: each thread loads its part of the fragment,
+//   finds the scale with its three neighbours, and A is multiplied from registers. Where both have 16 bits they are
+//   multiplied from shared memory as they come.
 // Tile. A block computes 128 columns of out, half of them each consumer warpgroup, and kRows rows. A wgmma covers
 //   kPanelM of them: all, or with converters 128 of 256, in two panels.
 // Warps. One producer thread issues TMA for W, one for x. Where the consumers add up partials the two warpgroups take
@@ -2168,7 +2166,7 @@ int linear_hopper(const void* x, const void* w, const void* bias, void* out, voi
   const hopper::SplitRows x_split(scratch, m, k, parts, copies);
   const hopper::SplitRows w_split(static_cast<char*>(scratch) + hopper::SplitRows::bytes(m, k, parts, copies), n, k, 1);
   const bool has_aligned_w =
-      what == Conversion::kSplitTransposed || (w_stride % 4 == 0 && aligned16(w, w, w) && reads.are_aligned);
+      what == Conversion::kSplitTransposed || (reads.are_aligned && hopper::WRows(w, w_stride, 4).are_aligned());
   const bool is_aligned = k % 4 == 0 && x_stride % 4 == 0 && aligned16(x, x, x) && has_aligned_w;
   const hopper::Arguments args = {x,       w,       bias,         out,        z,
                                   x_split, w_split, x_stride,     w_stride,   int(m),

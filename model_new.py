@@ -331,7 +331,7 @@ def select_tile(precision, m, n, k):
 
     def microseconds(tile):
         copies = not aligned and _copies_weight(tile, m, n)
-        return _microseconds(m, n, k, *tile) + copies * 2 * _weight_bytes(tile, n, k) / _BYTES_PER_MICROSECOND
+        return _microseconds(m, n, k, *tile) + copies * 2 * _weight_bytes(tile[0], n, k) / _BYTES_PER_MICROSECOND
 
     tile = min(_tiles(precision, m, n, k), key=microseconds)
     kernel = tile[0]
@@ -380,8 +380,8 @@ def _copies_weight(tile, m, n):
     return kernel != "fp16x1_staged" and (m > n // 4 or rows != 256)
 
 
-def _weight_bytes(tile, n, k):
-    return (2 if tile[0] == "wgmma16" else 4) * n * k
+def _weight_bytes(kernel, n, k):
+    return (2 if kernel == "wgmma16" else 4) * n * k
 
 
 _KERNELS = {"float32": "fp16x3", "tf32": "fp16x1", "16 bit": "wgmma16"}  # that split K
@@ -452,7 +452,7 @@ def _microseconds(m, n, k, kernel, rows, splits):
     if kernel == "fp16x3" and rows == 256:
         per_block *= _OF_A_CLUSTER.get(math.ceil(m / 128), 1.0)
     per_tile = costs.tile + (costs.split * splits + costs.row * rows if splits else 0)
-    megabytes = _weight_bytes((kernel, rows, splits), n, k) / 1e6
+    megabytes = _weight_bytes(kernel, n, k) / 1e6
     compute = _waves(m, n, kernel, rows, splits) * (blocks_of_k * per_block + per_tile)
     return max(compute, costs.stream + costs.megabyte * megabytes)
 

@@ -235,6 +235,18 @@ def surrounded(t, stride, offset, value):
     return whole.as_strided(t.shape, (stride, 1)[-t.dim() :], GUARD + offset).copy_(t)
 
 
+def launch_with_guarded_scratch(tile, x, weight, bias, out, z):
+    """A tile's launch on these tensors as they are; its scratch is NaN, between bytes that are looked at afterwards."""
+    kernel, *shape = tile
+    sizes = len(x), *weight.shape
+    between = scratch_bytes(kernel, *sizes, weight.data_ptr(), weight.stride(0))
+    scratch = torch.full((1024 + between + 1024,), 255, dtype=torch.uint8, device="cuda")  # NaN, in any type
+    pointers = [t.data_ptr() for t in (x, weight, bias, out, z)] + [scratch.data_ptr() + 1024]
+    numbers = x.stride(0), weight.stride(0), *sizes, 2.0, model_new._DTYPES[x.dtype], model_new._CONVERSIONS[kernel]
+    model_new._launch(model_new._cuda.linear_hopper, x.device, *pointers, *numbers, *shape)
+    assert (scratch[:1024] == 255).all() and (scratch[-1024:] == 255).all(), tile
+
+
 class Guarded:
     """Memory for a matrix, NaN, in the middle of a block whose ends are looked at afterwards."""
 
@@ -277,16 +289,11 @@ def test_nothing_outside_is_read_or_written(kernel, dtype, m, n, k, offset):
     value, stride = 1e15 if dtype == torch.float32 else NAN, k + 8
     x, weight = (surrounded(t, stride, shift, value) for t in case[:2])
     bias = surrounded(case[2], 1, offset, value)
-    between = scratch_bytes(kernel, m, n, k)
     for tile in tiles(kernel, k, splits=(1, 3)):
         out, z = (Guarded(m, n, dtype, offset * 4 // dtype.itemsize) for _ in range(2))
-        scratch = torch.full((1024 + between + 1024,), 255, dtype=torch.uint8, device="cuda")  # NaN, in any type
-        pointers = [t.data_ptr() for t in (x, weight, bias, out.inside, z.inside)] + [scratch.data_ptr() + 1024]
-        numbers = stride, stride, m, n, k, 2.0, model_new._DTYPES[dtype], model_new._CONVERSIONS[kernel], *tile[1:]
-        model_new._launch(model_new._cuda.linear_hopper, x.device, *pointers, *numbers)
+        launch_with_guarded_scratch(tile, x, weight, bias, out.inside, z.inside)
         expected.check(tile, out.inside, z.inside)
         assert out.is_untouched_outside() and z.is_untouched_outside(), tile
-        assert (scratch[:1024] == 255).all() and (scratch[-1024:] == 255).all(), tile
 
 
 @pytest.mark.parametrize(
@@ -301,21 +308,12 @@ def test_weights_whose_rows_begin_anywhere(kernel, dtype, m, n, k, extra, offset
     case = random_case(m, n, k, dtype)
     expected, value = Expected(*case), 1e15 if dtype == torch.float32 else NAN
     weight, x = surrounded(case[1], k + extra, offset, value), surrounded(case[0], k + 3, 1, value)
-    if kernel != "fp16x1_staged" and (k + extra) * dtype.itemsize % 16 == 0 and weight.data_ptr() % 16 == 0:
+    if kernel != "fp16x1_staged" and model_new._in_16_bytes(weight) and (dtype != torch.float32 or k % 4 == 0):
         x = model_new._padded(x)[:, :k]  # such a W is aligned, where x must be, too
-        if dtype == torch.float32 and k % 4:
-            x = surrounded(case[0], k + 3, 1, value)  # but not for that k
-    between = scratch_bytes(kernel, m, n, k, weight.data_ptr(), weight.stride(0))
     for tile in filter(reads_any_rows, tiles(kernel, k, splits=(1, 3))):
         out, z = (torch.full((m, n), NAN, dtype=dtype, device="cuda") for _ in range(2))
-        scratch = torch.full((1024 + between + 1024,), 255, dtype=torch.uint8, device="cuda")  # NaN, in any type
-        pointers = [t.data_ptr() for t in (x, weight, case[2], out, z)] + [scratch.data_ptr() + 1024]
-        numbers = x.stride(0), weight.stride(0), m, n, k, 2.0, model_new._DTYPES[dtype]
-        model_new._launch(
-            model_new._cuda.linear_hopper, x.device, *pointers, *numbers, model_new._CONVERSIONS[kernel], *tile[1:]
-        )
+        launch_with_guarded_scratch(tile, x, weight, case[2], out, z)
         expected.check(tile, out, z)
-        assert (scratch[:1024] == 255).all() and (scratch[-1024:] == 255).all(), tile
 
 
 @pytest.mark.parametrize("offset", [0, 1])
