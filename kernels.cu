@@ -311,6 +311,27 @@ __device__ __forceinline__ void cp_async_bulk_tensor_2d(uint32_t to, const CUten
       "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
       : "memory");
 }
+// Copies one box from shared memory to a 2-d tensor, but for what of it lies outside, in this thread's current group.
+__device__ __forceinline__ void cp_async_bulk_tensor_2d_store(const CUtensorMap* map, int column, int row,
+                                                              uint32_t from) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(column),
+               "r"(row), "r"(from)
+               : "memory");
+}
+__device__ __forceinline__ void cp_async_bulk_commit_group() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Until all of this thread's groups but the latest kPending have read their shared memory.
+template <int kPending> __device__ __forceinline__ void cp_async_bulk_wait_group_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+// Stores four 8 x 8 matrices of 16-bit elements transposed. As in wgmma's accumulators each thread has of each matrix
+// row lane / 4, columns 2 (lane % 4) and the next. to: in lane 8 i + j, where column j of matrix i goes, 16 bytes.
+__device__ __forceinline__ void stmatrix_x4_trans(uint32_t to, const uint32_t (&matrices)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(matrices[0]),
+               "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
+               : "memory");
+}
 __device__ __forceinline__ void prefetch_tensormap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -524,6 +545,10 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 //   split_rows_kernel, or with 16 bits by shift_rows_kernel. All rows of a tile are multiplied by the same copy of x,
 //   so it has every 2nd, 4th or 8th row of W, and column of out. What was read early belongs to another row and may be
 //   NaN. It is made 0: by the converters, in registers, or with 16 bits by the consumers, in shared memory.
+// Rows behind the last. What TMA fills with zeros, because it is outside, takes longer than what it copies. So where x
+//   is converted it gets copies of its last row, up to whole panels; as 16 bits it is the caller's, and the last tile
+//   of 256 rows begins so early that it ends with x (kOverlaps).
+// Stores. From registers, 32 bytes of a row at a time; of 16 bits, in tiles of 256 rows, through shared memory, by TMA.
 // What short launches wait for. W is fetched as soon as its barriers are set up, before the block's other warps begin,
 //   and code that rarely runs lies behind the code that every launch runs: with few rows these are microseconds.
 
@@ -574,6 +599,9 @@ struct Tile {
   static constexpr int kUnit = 16 / int(sizeof(Element));       // elements: TMA's rows begin at multiples
   static constexpr int kClusterBlocks = kSplitK ? 1 : 2;        // where they do not share a tile
   static constexpr int kSharers = kSplitK || kSharesW ? 1 : 2;  // blocks that load an x stage together
+  // Whether the last tile begins so early that all its rows are in x: what TMA fills with zeros, because it is outside,
+  // takes longer than what it copies. Rows in two tiles are stored twice, with the same bits.
+  static constexpr bool kOverlaps = kOperands == Operands::kNative && !kSplitK;
   static constexpr int kPanels = kSharesW ? 2 : 1;
   static constexpr int kPanelM = kRows / kPanels;  // columns of wgmma's B
   // W's stage: boxes whose rows have 128 bytes. [2][kWRows][32] floats, [kWRows / 32][kTileK][32] floats of a
@@ -594,20 +622,26 @@ struct Tile {
   static constexpr int kSentGroupBytes = kSplitK ? most_groups_sent(kGroups) * kGroupBytes : 0;
   static constexpr int kSentInverseBytes = kSplitK && kIsFloat ? kTileN * 4 : 0;  // from each
   static constexpr int kSumBytes = kSentGroupBytes + (kMaxSplits - 1) * kSentInverseBytes;
+  // Whether out and z can leave by TMA, as boxes of kBoxRows rows by a consumer's 64 columns, each consumer's two in
+  // turns.
+  static constexpr bool kStoresBoxes = kOperands == Operands::kNative && !kSplitK && !kUnalignedW;
+  static constexpr int kBoxRows = 64, kBoxBytes = kBoxRows * 64 * 2;
+  static constexpr int kBoxesBytes = kStoresBoxes ? 2 * kConsumerWarpgroups * kBoxBytes : 0;
   // Where blocks share W, another ring has it converted: kParts times half [kTileN][kTileK], and the inverses of the
   // rows' scales. Measured: two stages are too few for hi and lo.
   static constexpr int kConvertedStages = !kSharesW ? 0 : kParts == 2 ? 3 : 4;
   static constexpr int kConvertedPartBytes = kTileN * kTileK * 2, kConvertedBytes = kParts * kConvertedPartBytes;
   static constexpr int kInverseBytes = kTileN * 4;
   static constexpr int kConvertedRingBytes = kConvertedStages * (kConvertedBytes + kInverseBytes);
-  static constexpr int kRoom = kMaxShared - kSumBytes - kConvertedRingBytes - 1024;  // 1024: barriers, and alignment
+  // 1024: barriers, and alignment
+  static constexpr int kRoom = kMaxShared - kSumBytes - kConvertedRingBytes - kBoxesBytes - 1024;
   // Measured: 'high' wants four stages of float32 W, kSplit two; x has what is left.
   static constexpr int kXStages = kSharesW ? std::min(12, (kRoom - 4 / kParts * kWStageBytes) / kXStageBytes)
                                            : std::min(12, kRoom / (kWStageBytes + kXStageBytes));
   static constexpr int kWStages = std::min(12, (kRoom - kXStages * kXStageBytes) / kWStageBytes);
   static constexpr int kBarrierBytes = (2 * (kWStages + kXStages + kConvertedStages) + 1) * 8;
   static constexpr int kSharedBytes =
-      kWStages * kWStageBytes + kXStages * kXStageBytes + kConvertedRingBytes + kSumBytes + kBarrierBytes;
+      kWStages * kWStageBytes + kXStages * kXStageBytes + kConvertedRingBytes + kBoxesBytes + kSumBytes + kBarrierBytes;
   static constexpr int kWarpgroups = 1 + kSharesW + kConsumerWarpgroups, kThreads = 128 * kWarpgroups;
   // The compiler gives every thread as many registers as the register file has for so many, in multiples of 8; what the
   // producers and converters let go of goes to the consumers.
@@ -675,18 +709,23 @@ struct WRows {
 // elements of either type. One allocation, whose parts are 128-byte aligned.
 struct SplitRows {
   int padded_k;     // k and the zeros in front of it, up to whole blocks
-  __half *hi, *lo;  // [copies, m, padded_k], k in its order or in the one described above; lo is hi where there is one
-                    // part
+  int rows;         // m and some more, see rows_of
+  __half *hi, *lo;  // [copies, rows, padded_k], k in its order or in the one described above; lo is hi where there is
+                    // one part
   float* inverse_scale;  // [m up to a multiple of kPaddedRows]; see RowScale
   Outliers* outliers;    // [m], where inverse_scale is negative
 
   // copies: one for each shift of W's rows, with up to 7 zeros in front; 0 where they are in multiples of 16 bytes.
   __host__ __device__ SplitRows(void* scratch, int64_t m, int64_t k, int parts, int copies = 0)
       : padded_k(int((k + (copies > 0 ? 7 : 0) + kTileK - 1) / kTileK * kTileK)),
+        rows(int(rows_of(m))),
         hi(static_cast<__half*>(scratch)),
-        lo(hi + (parts - 1) * (copies > 0 ? copies : 1) * m * padded_k),
-        inverse_scale(reinterpret_cast<float*>(lo + (copies > 0 ? copies : 1) * m * padded_k)),
+        lo(hi + (parts - 1) * (copies > 0 ? copies : 1) * rows_of(m) * padded_k),
+        inverse_scale(reinterpret_cast<float*>(lo + (copies > 0 ? copies : 1) * rows_of(m) * padded_k)),
         outliers(reinterpret_cast<Outliers*>(inverse_scale + padded_m(m))) {}
+  // Where there are more than 128, whole panels of 128, for the reason that kOverlaps has. The rows behind the last are
+  // copies of it: sums of 0 would look as if they had lost their bits.
+  __host__ __device__ static int64_t rows_of(int64_t m) { return m <= 128 ? m : (m + 127) / 128 * 128; }
   __host__ __device__ static int64_t padded_m(int64_t m) { return (m + kPaddedRows - 1) / kPaddedRows * kPaddedRows; }
   static int64_t bytes(int64_t m, int64_t k, int parts, int copies = 0) {
     const SplitRows split(nullptr, m, k, parts, copies);
@@ -713,11 +752,10 @@ __global__ void __launch_bounds__(kBlockThreads)
                       int k, bool is_aligned, bool keeps_order) {
 #ifdef HAS_SM90A
   griddepcontrol_launch_dependents();
-  if (blockIdx.x >= m) {
-    if (threadIdx.x == 0) split.inverse_scale[blockIdx.x] = 0;
-    return;
-  }
-  const float* row = x + blockIdx.x * x_stride;
+  const bool is_missing = blockIdx.x >= m;
+  if (is_missing && threadIdx.x == 0) split.inverse_scale[blockIdx.x] = 0;
+  if (blockIdx.x >= split.rows) return;
+  const float* row = x + min(int(blockIdx.x), m - 1) * x_stride;
   const int shift = w_rows.shift_of(blockIdx.y);  // zeros in front
   auto load4 = [&](int at) { return load_four(row, at - shift, k, is_aligned); };
   constexpr int kStride = kBlockThreads * 4;
@@ -768,7 +806,8 @@ __global__ void __launch_bounds__(kBlockThreads)
     if (threadIdx.x == 0) outlier_count = 0;
   }
   uint32_t* inverse_scale = reinterpret_cast<uint32_t*>(split.inverse_scale + blockIdx.x);
-  const bool is_first = blockIdx.y == 0;  // of the copies, which have the scale and outliers in common
+  // What is known of a row, which its copies have in common, the first writes.
+  const bool is_first = blockIdx.y == 0 && !is_missing;
   if (threadIdx.x == 0 && is_first)
     *inverse_scale = __float_as_uint(has_outliers ? -inverse_of(scale) : inverse_of(scale)) |
                      (only_outliers ? RowScale::kOnlyOutliers : 0);
@@ -791,7 +830,7 @@ __global__ void __launch_bounds__(kBlockThreads)
       }
     }
     const int q = at / 4 % 4;
-    const int64_t to = (int64_t(blockIdx.y) * m + blockIdx.x) * split.padded_k +
+    const int64_t to = (int64_t(blockIdx.y) * split.rows + blockIdx.x) * split.padded_k +
                        (keeps_order ? at : at / 16 * 16 + (odd ? 8 : 0) + q / 2 * 4);
     auto store_part = [&](__half* part, uint32_t first, uint32_t second) {
       const uint32_t other = __shfl_xor_sync(~0u, odd ? first : second, 1);
@@ -841,10 +880,13 @@ template <typename T> struct TileScheduler {
   static constexpr int kClusterM = T::kRows * (T::kSharesW ? 2 : 1), kClusterN = kTileN * T::kSharers;
   static constexpr int kGroupM = 1024 / kClusterM;
   int clusters_m, clusters_n;
+  int last_m;      // the last tile's first row, where it overlaps the one before
   int interleave;  // rows of W from one of a tile's to the next
 
   __host__ __device__ TileScheduler(int m, int n, const WRows& w_rows)
-      : clusters_m((m + kClusterM - 1) / kClusterM), interleave(T::kUnalignedW ? w_rows.interleave : 1) {
+      : clusters_m((m + kClusterM - 1) / kClusterM),
+        last_m(m > kClusterM ? m - kClusterM : 0),
+        interleave(T::kUnalignedW ? w_rows.interleave : 1) {
     const int step = kClusterN * interleave, whole = n / step * interleave;
     clusters_n = whole + (n % step < interleave ? n % step : interleave);
   }
@@ -856,7 +898,8 @@ template <typename T> struct TileScheduler {
     const int per_group = kGroupM * clusters_n;
     const int first_m = cluster / per_group * kGroupM, size_m = min(kGroupM, clusters_m - first_m);
     const int cluster_m = first_m + cluster % per_group % size_m, cluster_n = cluster % per_group / size_m;
-    body(cluster_m * kClusterM + (T::kSharesW ? int(rank) * T::kRows : 0),
+    const int m0 = cluster_m * kClusterM;
+    body((T::kOverlaps ? min(m0, last_m) : m0) + (T::kSharesW ? int(rank) * T::kRows : 0),
          cluster_n / interleave * (kClusterN * interleave) + cluster_n % interleave +
              (T::kSharers > 1 ? int(rank) * kTileN * interleave : 0));
   }
@@ -882,10 +925,17 @@ struct Arguments {
   SplitRows x_split, w_split;  // of x, where it is float32 or W unaligned; of W with kStaged
   int64_t x_stride, w_stride;
   int m, n, k;
-  float scale;      // s
-  bool is_aligned;  // rows of x and W begin at multiples of 16 bytes, and k is one of 4
-  WRows w_rows;     // with kUnalignedW; else one without shifts
+  float scale;           // s
+  bool is_aligned;       // rows of x and W begin at multiples of 16 bytes, and k is one of 4
+  bool can_store_boxes;  // rows of out and z do
+  WRows w_rows;          // with kUnalignedW; else one without shifts
 };
+
+// Of out and z, where they are stored as boxes. z: as out where it is not wanted.
+template <bool kStoresBoxes> struct StoreMaps {
+  CUtensorMap out, z;
+};
+template <> struct StoreMaps<false> {};
 
 template <typename T> struct WMaps {
   CUtensorMap of_row[T::kUnalignedW ? T::kUnit : 1];  // of this row and every interleave'th after it
@@ -966,7 +1016,9 @@ constexpr uint64_t kDescriptorUpper = uint64_t(1024 >> 4 | 1 << 30) << 32;
 template <typename T>
 __global__ void __launch_bounds__(T::kThreads, 1)
     linear_kernel(const __grid_constant__ WMaps<T> w_maps, const __grid_constant__ CUtensorMap x_map,
-                  const __grid_constant__ CUtensorMap x_lo_map, const __grid_constant__ Arguments args) {
+                  const __grid_constant__ CUtensorMap x_lo_map,
+                  const __grid_constant__ StoreMaps<T::kStoresBoxes> store_maps,
+                  const __grid_constant__ Arguments args) {
 #ifdef HAS_SM90A
   using Element = typename T::Element;
   constexpr int kFirstConsumer = T::kThreads / 32 - kConsumerWarps;
@@ -976,7 +1028,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   const uint32_t w_stages = shared_address(shared_memory), x_stages = w_stages + kWStages * T::kWStageBytes;
   const uint32_t converted = x_stages + kXStages * T::kXStageBytes;  // converted W, and behind it the scales' inverses
   const uint32_t inverses = converted + kConvertedStages * T::kConvertedBytes;
-  const uint32_t sums = converted + T::kConvertedRingBytes;  // what blocks that share a tile send this one
+  const uint32_t boxes = converted + T::kConvertedRingBytes;  // of out and z, on their way
+  const uint32_t sums = boxes + T::kBoxesBytes;               // what blocks that share a tile send this one
   const uint32_t w_full = sums + T::kSumBytes, w_empty = w_full + 8 * kWStages;
   const uint32_t x_full = w_empty + 8 * kWStages, x_empty = x_full + 8 * kXStages;
   const uint32_t converted_full = x_empty + 8 * kXStages, converted_empty = converted_full + 8 * kConvertedStages;
@@ -1093,7 +1146,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         // split_rows_kernel may still be at x; W is the caller's, or a copy made before that began.
         griddepcontrol_wait();
         scheduler.for_each_tile(rank, blocks, [&](int m0, int n0) {
-          const int copy = copy_of(n0) * args.m;
+          const int copy = copy_of(n0) * args.x_split.rows;
 #pragma unroll 1
           for (int k_block = k_begin; k_block < k_end; ++k_block)
 #pragma unroll 1
@@ -1595,6 +1648,41 @@ __global__ void __launch_bounds__(T::kThreads, 1)
           }
         }
       };
+      // 16 bits: through shared memory, from where TMA stores whole lines while the next box is made.
+      [[maybe_unused]] auto store_boxes = [&](const CUtensorMap* map, float scale, const float* values) {
+        const bool is_first = threadIdx.x % 128 == 0;  // of the warpgroup
+        // stmatrix's matrices: columns r of a group of 8 rows, r + 8, and the same of the next. Under TMA's swizzle.
+        const int matrix = lane / 8, row = lane % 8, column = (warp - kFirstConsumer) % 4 * 2 + matrix % 2;
+        const uint32_t mine =
+            boxes + consumer * (2 * T::kBoxBytes) + (matrix / 2 * 8 + row) * 128 + (column ^ row) * 16;
+#pragma unroll
+        for (int box = 0; box < T::kRows / T::kBoxRows; ++box) {
+          const uint32_t offset = box % 2 * T::kBoxBytes;
+          if (is_first) cp_async_bulk_wait_group_read<1>();  // the box before the last, which was here, has left
+          bar_sync(4 + consumer, 128);
+#pragma unroll
+          for (int first_row = 0; first_row < T::kBoxRows; first_row += 16) {
+            const float* v = values + (box * T::kBoxRows + first_row) / 8 * 4;
+            uint32_t matrices[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              Vector<Element, 2> two;
+#pragma unroll
+              for (int e = 0; e < 2; ++e)
+                two.v[e] = from_compute<Element>(sigmoid_residual<true>(v[2 * i + e] + bias[i % 2], scale));
+              matrices[i] = reinterpret_cast<const uint32_t&>(two);
+            }
+            stmatrix_x4_trans(mine + offset + first_row * 128, matrices);
+          }
+          fence_proxy_async_shared();
+          bar_sync(4 + consumer, 128);
+          if (is_first) {
+            cp_async_bulk_tensor_2d_store(map, n0 + consumer * 64, m0 + box * T::kBoxRows,
+                                          boxes + consumer * (2 * T::kBoxBytes) + offset);
+            cp_async_bulk_commit_group();
+          }
+        }
+      };
       // m: the first group's first + 2q. first: float32, inverses_at(m), loaded before what branches here.
       auto finish = [&](int m, float* values, float2 first, auto groups, bool has_outliers, float& check) {
         if constexpr (T::kIsFloat)
@@ -1608,6 +1696,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
           asm volatile("" : "+f"(bias[0]), "+f"(bias[1]), "+r"(m));
           if constexpr (T::kIsFloat) {
             store_float(to, scale, m, values, first, groups, check);
+          } else if (T::kStoresBoxes && args.can_store_boxes) {
+            if constexpr (T::kStoresBoxes) store_boxes(is_z ? &store_maps.z : &store_maps.out, scale, values);
           } else {
             constexpr int kGroups = decltype(groups)::value, kBatch = kGroups < 4 ? kGroups : 4;  // as registers allow
 #pragma unroll
@@ -1706,7 +1796,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         find_limit();
         // 128 rows after the other, in the same registers.
 #pragma unroll 1
-        for (int first = 0; first < T::kRows; first += 128) {
+        for (int first = 0; first < T::kRows && m0 + first < args.m; first += 128) {
           const int m = m0 + first + 2 * q;
           const bool has_outliers = __any_sync(~0u, sees_outliers(m0 + first));
           finish(m, total, inverses_at(m), std::integral_constant<int, 16>(), has_outliers, check);
@@ -1718,6 +1808,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       }
       not_finite = not_finite << 1 | (not_finite & 1u << 31) | (check != 0);
     });
+    if (T::kStoresBoxes && threadIdx.x % 128 == 0) cp_async_bulk_wait_group_read<0>();
     if (consumer == 0) await_turn();  // takes the last turn, so that the barrier ends as it began
 
     // A product that is not finite may be so because of the conversion (Inf - Inf in lo, an overflow of the scaled
@@ -1877,13 +1968,14 @@ static cudaError_t launch_split_rows(const void* from, int64_t stride, const Spl
 
 constexpr int kShiftThreads = 256;
 
-// split.hi [copies, m, padded_k] = x [m, k] of 16-bit elements, with a shift's zeros in front and zeros behind.
+// split.hi [copies, rows, padded_k] = x [m, k] of 16-bit elements, with a shift's zeros in front and zeros behind.
 // blockIdx: row, copy.
-__global__ void __launch_bounds__(kShiftThreads) shift_rows_kernel(const uint16_t* __restrict__ x, int64_t x_stride,
-                                                                   const SplitRows split, const WRows w_rows, int k) {
-  const uint16_t* row = x + blockIdx.x * x_stride;
+__global__ void __launch_bounds__(kShiftThreads)
+    shift_rows_kernel(const uint16_t* __restrict__ x, int64_t x_stride, const SplitRows split, const WRows w_rows,
+                      int m, int k) {
+  const uint16_t* row = x + min(int(blockIdx.x), m - 1) * x_stride;
   const int shift = w_rows.shift_of(blockIdx.y);
-  auto* to = reinterpret_cast<ushort2*>(split.hi + (int64_t(blockIdx.y) * gridDim.x + blockIdx.x) * split.padded_k);
+  auto* to = reinterpret_cast<ushort2*>(split.hi + (int64_t(blockIdx.y) * split.rows + blockIdx.x) * split.padded_k);
   auto load = [&](int at) -> unsigned short { return unsigned(at) < unsigned(k) ? row[at] : 0; };
 #pragma unroll 4
   for (int at = threadIdx.x; at < split.padded_k / 2; at += kShiftThreads)
@@ -1939,15 +2031,17 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
       error = launch_split_rows<T::kSplitK ? 512 : 256, T::kParts, true>(
           args.x, args.x_stride, args.x_split, args.w_rows, args.m, TileScheduler<T>::kClusterM, args.k,
           args.is_aligned, T::kKeepsOrder, stream);
-  const int64_t all_rows = int64_t(args.m) * args.w_rows.interleave;  // of x's copies
+  const int64_t all_rows = int64_t(args.x_split.rows) * args.w_rows.interleave;  // of x's copies
   if (all_rows > INT32_MAX - kMaxRows) return cudaErrorInvalidValue;
   if constexpr (T::kUnalignedW && !T::kIsFloat) {
-    shift_rows_kernel<<<dim3(unsigned(args.m), unsigned(args.w_rows.interleave)), kShiftThreads, 0, stream>>>(
-        static_cast<const uint16_t*>(args.x), args.x_stride, args.x_split, args.w_rows, args.k);
+    const dim3 grid(unsigned(args.x_split.rows), unsigned(args.w_rows.interleave));
+    shift_rows_kernel<<<grid, kShiftThreads, 0, stream>>>(static_cast<const uint16_t*>(args.x), args.x_stride,
+                                                          args.x_split, args.w_rows, args.m, args.k);
     error = cudaGetLastError();
   }
   WMaps<T> w_maps;
   CUtensorMap x_map, x_lo_map;
+  StoreMaps<T::kStoresBoxes> store_maps = {};
   // Measured: without promotion 1 us less where W is only read once, 0.2 % more elsewhere.
   constexpr auto promotion = T::kSplitK ? CU_TENSOR_MAP_L2_PROMOTION_NONE : CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
   const auto encode = [&](CUtensorMap* map, auto* base, int64_t rows, int k, int64_t stride, int box_rows) {
@@ -1977,6 +2071,12 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
   } else {
     encode(&x_map, static_cast<const Element*>(args.x), args.m, args.k, args.x_stride, x_rows);
     x_lo_map = x_map;
+    if constexpr (T::kStoresBoxes)
+      if (args.can_store_boxes) {
+        Element* z = static_cast<Element*>(args.z != nullptr ? args.z : args.out);
+        encode(&store_maps.out, static_cast<Element*>(args.out), args.m, args.n, args.n, T::kBoxRows);
+        encode(&store_maps.z, z, args.m, args.n, args.n, T::kBoxRows);
+      }
   }
   static_assert(kPaddedRows % TileScheduler<T>::kClusterM == 0, "inverse_scale is read up to a cluster's last row");
   int resident;
@@ -1985,7 +2085,7 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
   const int clusters = TileScheduler<T>(args.m, args.n, args.w_rows).clusters();
   const Launch<T> launch(T::kSplitK ? clusters : std::min(resident, clusters), T::kSplitK ? splits : T::kClusterBlocks,
                          stream);
-  error = cudaLaunchKernelEx(&launch.config, linear_kernel<T>, w_maps, x_map, x_lo_map, args);
+  error = cudaLaunchKernelEx(&launch.config, linear_kernel<T>, w_maps, x_map, x_lo_map, store_maps, args);
   return error != cudaSuccess ? error : cudaGetLastError();
 }
 
@@ -2168,9 +2268,10 @@ int linear_hopper(const void* x, const void* w, const void* bias, void* out, voi
   const bool has_aligned_w =
       what == Conversion::kSplitTransposed || (reads.are_aligned && hopper::WRows(w, w_stride, 4).are_aligned());
   const bool is_aligned = k % 4 == 0 && x_stride % 4 == 0 && aligned16(x, x, x) && has_aligned_w;
-  const hopper::Arguments args = {x,       w,       bias,         out,        z,
-                                  x_split, w_split, x_stride,     w_stride,   int(m),
-                                  int(n),  int(k),  float(scale), is_aligned, reads.rows};
+  const bool can_store_boxes = n % 8 == 0 && aligned16(out, z, z);
+  const hopper::Arguments args = {
+      x,      w,      bias,   out,          z,          x_split,         w_split,   x_stride, w_stride,
+      int(m), int(n), int(k), float(scale), is_aligned, can_store_boxes, reads.rows};
   switch (static_cast<DType>(dtype)) {
     case DType::kFloat32:
       switch (what) {

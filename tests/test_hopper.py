@@ -296,6 +296,32 @@ def test_nothing_outside_is_read_or_written(kernel, dtype, m, n, k, offset):
         assert out.is_untouched_outside() and z.is_untouched_outside(), tile
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_boxes_hold_what_is_stored_in_pairs(dtype):
+    """By TMA, where rows of out and z begin at multiples of 16 bytes. In tiles that are whole, and not."""
+    x, weight, _ = random_case(600, 520, 200, dtype)
+    case = x, weight, torch.linspace(-120, 120, 520, device="cuda").to(dtype)
+    tile, stored = ("wgmma16", 256, 0), []
+    for offset in (0, 2):
+        out, z = (Guarded(600, 520, dtype, offset) for _ in range(2))
+        assert (out.inside.data_ptr() % 16 == 0) == (offset == 0)
+        launch_with_guarded_scratch(tile, *case, out.inside, z.inside)
+        Expected(*case).check(tile, out.inside, z.inside)
+        assert out.is_untouched_outside() and z.is_untouched_outside()
+        stored.append((out.inside, z.inside))
+    assert all(torch.equal(*both) for both in zip(*stored))
+
+
+@each_kind
+def test_a_row_does_not_depend_on_the_others(kernel, dtype):
+    """Bit for bit, whether the last tile is whole, begins within the one before, or has copies of the last row."""
+    x, weight, bias = random_case(700, 520, 200, dtype)
+    for tile in tiles(kernel, 200, splits=(1, 3)):
+        out = fused(tile, x, weight, bias)
+        for m in (1, 129, 255, 257, 300, 513, 699):
+            assert torch.equal(fused(tile, x[:m], weight, bias), out[:m]), (tile, m)
+
+
 @pytest.mark.parametrize(
     "m, n, k", [(1, 1, 1), (3, 9, 65), (64, 515, 127), (300, 1029, 200), (257, 130, 8195), (40, 4200, 71)]
 )
