@@ -58,7 +58,8 @@ def test_16_bits_in_large_tiles_only_where_they_fill_the_sms():
     fill = [(512, 8192, 8192), (1024, 8192, 8192), (256, 16384, 1024), (1536, 11008, 4096), (4096, 3072, 768)]
     assert all(select_tile("16 bit", *shape) == ("wgmma16", 256, 0) for shape in fill)
     leave_idle = [(768, 8192, 8192), (1025, 8192, 8192), (1025, 4096, 4096), (1024, 5120, 5120), (2048, 3072, 768)]
-    assert all(select_tile("16 bit", *shape) is None for shape in leave_idle)
+    half_full = [(900, 8192, 8192), (930, 8192, 8192)]
+    assert all(select_tile("16 bit", *shape) is None for shape in leave_idle + half_full)
 
 
 @pytest.mark.parametrize("precision", KERNELS)
