@@ -546,9 +546,10 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 //   so it has every 2nd, 4th or 8th row of W, and column of out. What was read early belongs to another row and may be
 //   NaN. It is made 0: by the converters, in registers, or with 16 bits by the consumers, in shared memory.
 // Rows behind the last. What TMA fills with zeros, because it is outside, takes longer than what it copies. So where x
-//   is converted it gets copies of its last row, up to whole panels; as 16 bits it is the caller's, and the last tile
-//   of 256 rows begins so early that it ends with x (kOverlaps).
-// Stores. From registers, 32 bytes of a row at a time; of 16 bits, in tiles of 256 rows, through shared memory, by TMA.
+//   is converted and has more than 128 rows it gets copies of its last one, up to whole panels; as 16 bits it is the
+//   caller's, and the last tile of 256 rows begins so early that it ends with x (kOverlaps).
+// Stores. From registers, 32 bytes of a row at a time; of 16 bits, in tiles of 256 rows, through shared memory, by TMA,
+//   unless rows of out or of W are not in multiples of 16 bytes.
 // What short launches wait for. W is fetched as soon as its barriers are set up, before the block's other warps begin,
 //   and code that rarely runs lies behind the code that every launch runs: with few rows these are microseconds.
 
@@ -599,8 +600,8 @@ struct Tile {
   static constexpr int kUnit = 16 / int(sizeof(Element));       // elements: TMA's rows begin at multiples
   static constexpr int kClusterBlocks = kSplitK ? 1 : 2;        // where they do not share a tile
   static constexpr int kSharers = kSplitK || kSharesW ? 1 : 2;  // blocks that load an x stage together
-  // Whether the last tile begins so early that all its rows are in x: what TMA fills with zeros, because it is outside,
-  // takes longer than what it copies. Rows in two tiles are stored twice, with the same bits.
+  // Whether the last of several tiles begins so early that all its rows are in x: what TMA fills with zeros, because it
+  // is outside, takes longer than what it copies. Rows in two tiles are stored twice, with the same bits.
   static constexpr bool kOverlaps = kOperands == Operands::kNative && !kSplitK;
   static constexpr int kPanels = kSharesW ? 2 : 1;
   static constexpr int kPanelM = kRows / kPanels;  // columns of wgmma's B
@@ -723,8 +724,8 @@ struct SplitRows {
         lo(hi + (parts - 1) * (copies > 0 ? copies : 1) * rows_of(m) * padded_k),
         inverse_scale(reinterpret_cast<float*>(lo + (copies > 0 ? copies : 1) * rows_of(m) * padded_k)),
         outliers(reinterpret_cast<Outliers*>(inverse_scale + padded_m(m))) {}
-  // Where there are more than 128, whole panels of 128, for the reason that kOverlaps has. The rows behind the last are
-  // copies of it: sums of 0 would look as if they had lost their bits.
+  // Where there are more than 128, whole panels of 128, for the reason that kOverlaps has. The rows behind the last, as
+  // far as tiles read them, are copies of it: sums of 0 would look as if they had lost their bits.
   __host__ __device__ static int64_t rows_of(int64_t m) { return m <= 128 ? m : (m + 127) / 128 * 128; }
   __host__ __device__ static int64_t padded_m(int64_t m) { return (m + kPaddedRows - 1) / kPaddedRows * kPaddedRows; }
   static int64_t bytes(int64_t m, int64_t k, int parts, int copies = 0) {
@@ -741,11 +742,12 @@ __device__ __forceinline__ float4 load_four(const float* row, int at, int k, boo
   return {load(at), load(at + 1), load(at + 2), load(at + 3)};
 }
 
-// One block for each row of x [m, k] with row stride x_stride, and for the rows missing to whole tiles.
-// kBlockThreads: more where few rows make the next kernel wait, which begins on an SM when its blocks are done.
-// kParts: 2 for hi and lo, 1 for hi. kHasOutliers: whether they are set apart, as rows of x allow. keeps_order: k keeps
-// its order, or else has that of wgmma's fragments. blockIdx: row, copy for a shift of W's rows; of what the copies
-// have in common, the scale and the outliers, the first writes.
+// One block for each row of x [m, k] with row stride x_stride, and for the rows missing to whole tiles, which get
+// copies of the last as far as `split` has them, and inverse_scale 0. kBlockThreads: more where few rows make the next
+// kernel wait, which begins on an SM when its blocks are done. kParts: 2 for hi and lo, 1 for hi. kHasOutliers: whether
+// they are set apart, as rows of x allow. keeps_order: k keeps its order, or else has that of wgmma's fragments.
+// blockIdx: row, copy for a shift of W's rows; of what the copies have in common, the scale and the outliers, the first
+// writes.
 template <int kBlockThreads, int kParts, bool kHasOutliers>
 __global__ void __launch_bounds__(kBlockThreads)
     split_rows_kernel(const float* __restrict__ x, int64_t x_stride, const SplitRows split, const WRows w_rows, int m,

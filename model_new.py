@@ -356,7 +356,7 @@ def select_tile(precision, m, n, k):
             # Ahead once tiles of 256 rows keep the SMs busy, and long enough.
             # What the L2 cache delivers binds the kernel: at 4096 rows it pays to copy W in fp16, at 2048 not yet.
             tile = ("fp16x1_staged" if m > 2048 else kernel), 256, 0
-            serves = _occupied(m, n, kernel) >= 0.6 and work >= (2**33 if k >= 2048 else 1.2e10)
+            serves = _occupied(m, n, tile[0]) >= 0.6 and work >= (2**33 if k >= 2048 else 1.2e10)
     elif not aligned:
         serves = True
     elif m <= 64:  # one launch instead of two where W is small; equal where it is large and all SMs read it

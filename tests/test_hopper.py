@@ -296,14 +296,15 @@ def test_nothing_outside_is_read_or_written(kernel, dtype, m, n, k, offset):
         assert out.is_untouched_outside() and z.is_untouched_outside(), tile
 
 
+@pytest.mark.parametrize("m", [200, 600])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_boxes_hold_what_is_stored_in_pairs(dtype):
+def test_boxes_hold_what_is_stored_in_pairs(dtype, m):
     """By TMA, where rows of out and z begin at multiples of 16 bytes. In tiles that are whole, and not."""
-    x, weight, _ = random_case(600, 520, 200, dtype)
+    x, weight, _ = random_case(m, 520, 200, dtype)
     case = x, weight, torch.linspace(-120, 120, 520, device="cuda").to(dtype)
     tile, stored = ("wgmma16", 256, 0), []
     for offset in (0, 2):
-        out, z = (Guarded(600, 520, dtype, offset) for _ in range(2))
+        out, z = (Guarded(m, 520, dtype, offset) for _ in range(2))
         assert (out.inside.data_ptr() % 16 == 0) == (offset == 0)
         launch_with_guarded_scratch(tile, *case, out.inside, z.inside)
         Expected(*case).check(tile, out.inside, z.inside)

@@ -53,6 +53,11 @@ def test_fp16x3_only_for_sums_of_512_products_and_more():
     assert select_tile("float32", 1024, 8192, 512) is not None
 
 
+def test_a_copy_of_w_counts_as_the_tiles_that_read_it():
+    """Those of "fp16x1_staged" pair columns of out, those of "fp16x1" rows, which can take another wave."""
+    assert select_tile("tf32", 2100, 3500, 4096) == ("fp16x1_staged", 256, 0)
+
+
 def test_16_bits_in_large_tiles_only_where_they_fill_the_sms():
     """Elsewhere cuBLAS has better ones: measured, up to 1.7 times as fast."""
     fill = [(512, 8192, 8192), (1024, 8192, 8192), (256, 16384, 1024), (1536, 11008, 4096), (4096, 3072, 768)]
