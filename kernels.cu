@@ -716,20 +716,21 @@ struct SplitRows {
   float* inverse_scale;  // [m up to a multiple of kPaddedRows]; see RowScale
   Outliers* outliers;    // [m], where inverse_scale is negative
 
-  // copies: one for each shift of W's rows, with up to 7 zeros in front; 0 where they are in multiples of 16 bytes.
-  __host__ __device__ SplitRows(void* scratch, int64_t m, int64_t k, int parts, int copies = 0)
-      : padded_k(int((k + (copies > 0 ? 7 : 0) + kTileK - 1) / kTileK * kTileK)),
+  // copies: one for each shift of W's rows; zeros: the most that there are in front of a row.
+  SplitRows(void* scratch, int64_t m, int64_t k, int parts, int copies = 1, int zeros = 0)
+      : padded_k(int((k + zeros + kTileK - 1) / kTileK * kTileK)),
         rows(int(rows_of(m))),
         hi(static_cast<__half*>(scratch)),
-        lo(hi + (parts - 1) * (copies > 0 ? copies : 1) * rows_of(m) * padded_k),
-        inverse_scale(reinterpret_cast<float*>(lo + (copies > 0 ? copies : 1) * rows_of(m) * padded_k)),
+        lo(hi + (parts - 1) * part_size(copies)),
+        inverse_scale(reinterpret_cast<float*>(lo + part_size(copies))),
         outliers(reinterpret_cast<Outliers*>(inverse_scale + padded_m(m))) {}
+  int64_t part_size(int copies) const { return int64_t(copies) * rows * padded_k; }
   // Where there are more than 128, whole panels of 128, for the reason that kOverlaps has. The rows behind the last, as
   // far as tiles read them, are copies of it: sums of 0 would look as if they had lost their bits.
-  __host__ __device__ static int64_t rows_of(int64_t m) { return m <= 128 ? m : (m + 127) / 128 * 128; }
-  __host__ __device__ static int64_t padded_m(int64_t m) { return (m + kPaddedRows - 1) / kPaddedRows * kPaddedRows; }
-  static int64_t bytes(int64_t m, int64_t k, int parts, int copies = 0) {
-    const SplitRows split(nullptr, m, k, parts, copies);
+  static int64_t rows_of(int64_t m) { return m <= 128 ? m : (m + 127) / 128 * 128; }
+  static int64_t padded_m(int64_t m) { return (m + kPaddedRows - 1) / kPaddedRows * kPaddedRows; }
+  static int64_t bytes(int64_t m, int64_t k, int parts, int copies = 1, int zeros = 0) {
+    const SplitRows split(nullptr, m, k, parts, copies, zeros);
     return (reinterpret_cast<uintptr_t>(split.outliers + m) + 127) / 128 * 128;
   }
 };
@@ -933,7 +934,7 @@ struct Arguments {
   WRows w_rows;          // with kUnalignedW; else one without shifts
 };
 
-// Of out and z, where they are stored as boxes. z: as out where it is not wanted.
+// Of out and z, where they are stored as boxes. z: zeros where it is not wanted.
 template <bool kStoresBoxes> struct StoreMaps {
   CUtensorMap out, z;
 };
@@ -2051,17 +2052,17 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
   };
   const SplitRows &x = args.x_split, &w = args.w_split;
   constexpr int x_rows = T::kPanelM / T::kSharers;
-  const Element* w_rows = static_cast<const Element*>(args.w);
+  const Element* entries = static_cast<const Element*>(args.w);
   if constexpr (T::kOperands == Operands::kStaged)
     encode(w_maps.of_row, w.hi, args.n, w.padded_k, w.padded_k, T::kWBoxRows);
   else if constexpr (T::kTransposedW)
-    encode(w_maps.of_row, w_rows, args.k, args.n, args.w_stride, T::kWBoxRows);
+    encode(w_maps.of_row, entries, args.k, args.n, args.w_stride, T::kWBoxRows);
   else if constexpr (!T::kUnalignedW)
-    encode(w_maps.of_row, w_rows, args.n, args.k, args.w_stride, T::kWBoxRows);
+    encode(w_maps.of_row, entries, args.n, args.k, args.w_stride, T::kWBoxRows);
   else
     for (int row = 0, step = args.w_rows.interleave; row < std::min(step, args.n); ++row) {
       const int shift = args.w_rows.shift_of(row);
-      encode(&w_maps.of_row[row], w_rows + row * args.w_stride - shift, (args.n - row + step - 1) / step,
+      encode(&w_maps.of_row[row], entries + row * args.w_stride - shift, (args.n - row + step - 1) / step,
              args.k + shift, args.w_stride * step, T::kWBoxRows);
     }
   if constexpr (T::kIsFloat) {
@@ -2075,9 +2076,9 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
     x_lo_map = x_map;
     if constexpr (T::kStoresBoxes)
       if (args.can_store_boxes) {
-        Element* z = static_cast<Element*>(args.z != nullptr ? args.z : args.out);
         encode(&store_maps.out, static_cast<Element*>(args.out), args.m, args.n, args.n, T::kBoxRows);
-        encode(&store_maps.z, z, args.m, args.n, args.n, T::kBoxRows);
+        if (args.z != nullptr)
+          encode(&store_maps.z, static_cast<Element*>(args.z), args.m, args.n, args.n, T::kBoxRows);
       }
   }
   static_assert(kPaddedRows % TileScheduler<T>::kClusterM == 0, "inverse_scale is read up to a cluster's last row");
@@ -2231,16 +2232,17 @@ struct ReadsW {
                     (rows.are_aligned() && (k % 4 == 0 || dtype != DType::kFloat32))) {
     if (are_aligned) rows = hopper::WRows(nullptr, 0, 4);
   }
-  int copies_of_x() const { return are_aligned ? 0 : rows.interleave; }
+  int zeros_in_front() const { return are_aligned ? 0 : 7; }  // of x's rows, at most
 };
 
 // Bytes of scratch memory that linear_hopper needs.
 int64_t linear_hopper_scratch(const void* w, int64_t w_stride, int64_t m, int64_t n, int64_t k, int dtype,
                               int conversion) {
   const auto what = static_cast<Conversion>(conversion);
-  const int copies = ReadsW(w, w_stride, k, static_cast<DType>(dtype), what).copies_of_x();
+  const ReadsW reads(w, w_stride, k, static_cast<DType>(dtype), what);
   int64_t bytes = 0;
-  if (what != Conversion::kNone || copies > 0) bytes += hopper::SplitRows::bytes(m, k, parts_of(what), copies);
+  if (what != Conversion::kNone || !reads.are_aligned)
+    bytes += hopper::SplitRows::bytes(m, k, parts_of(what), reads.rows.interleave, reads.zeros_in_front());
   if (what == Conversion::kStaged) bytes += hopper::SplitRows::bytes(n, k, 1);
   return bytes;
 }
@@ -2263,12 +2265,12 @@ int linear_hopper(const void* x, const void* w, const void* bias, void* out, voi
   // Float32 must be converted, 16 bits must not be.
   if ((what == Conversion::kNone) == (static_cast<DType>(dtype) == DType::kFloat32)) return cudaErrorInvalidValue;
   const ReadsW reads(w, w_stride, k, static_cast<DType>(dtype), what);
-  const int parts = parts_of(what), copies = reads.copies_of_x();
-  if (scratch == nullptr && (what != Conversion::kNone || copies > 0)) return cudaErrorInvalidValue;
-  const hopper::SplitRows x_split(scratch, m, k, parts, copies);
-  const hopper::SplitRows w_split(static_cast<char*>(scratch) + hopper::SplitRows::bytes(m, k, parts, copies), n, k, 1);
-  const bool has_aligned_w =
-      what == Conversion::kSplitTransposed || (reads.are_aligned && hopper::WRows(w, w_stride, 4).are_aligned());
+  const int parts = parts_of(what), copies = reads.rows.interleave, zeros = reads.zeros_in_front();
+  if (scratch == nullptr && (what != Conversion::kNone || !reads.are_aligned)) return cudaErrorInvalidValue;
+  const hopper::SplitRows x_split(scratch, m, k, parts, copies, zeros);
+  const hopper::SplitRows w_split(static_cast<char*>(scratch) + hopper::SplitRows::bytes(m, k, parts, copies, zeros), n,
+                                  k, 1);
+  const bool has_aligned_w = what == Conversion::kSplitTransposed || hopper::WRows(w, w_stride, 4).are_aligned();
   const bool is_aligned = k % 4 == 0 && x_stride % 4 == 0 && aligned16(x, x, x) && has_aligned_w;
   const bool can_store_boxes = n % 8 == 0 && aligned16(out, z, z);
   const hopper::Arguments args = {
