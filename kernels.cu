@@ -544,7 +544,7 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 //   numbers early, and x is stored with as many zeros in front of its rows: once for every such shift, by
 //   split_rows_kernel, or with 16 bits by shift_rows_kernel. All rows of a tile are multiplied by the same copy of x,
 //   so it has every 2nd, 4th or 8th row of W, and column of out. What was read early belongs to another row and may be
-//   NaN. It is made 0: by the converters, in registers, or with 16 bits by the consumers, in shared memory.
+//   NaN. It is made 0: in registers, by who converts W, or with 16 bits by the consumers, in shared memory.
 // Rows behind the last. What TMA fills with zeros, because it is outside, takes longer than what it copies. So where x
 //   is converted and has more than 128 rows it gets copies of its last one, up to whole panels; as 16 bits it is the
 //   caller's, and the last tile of 256 rows begins so early that it ends with x (kOverlaps).
@@ -596,7 +596,7 @@ struct Tile {
   // Whether the tensor core only adds up 64 k, or else all.
   static constexpr bool kPromotes = kOperands == Operands::kSplit || kFromRegisters;
   static constexpr bool kKeepsOrder = kTransposedW || kSharesW;  // of k, in x as it is stored
-  static_assert(!kUnalignedW || kOperands == Operands::kNative || (kSharesW && !kTransposedW));
+  static_assert(!kUnalignedW || (kOperands != Operands::kStaged && !kTransposedW));
   static constexpr int kUnit = 16 / int(sizeof(Element));       // elements: TMA's rows begin at multiples
   static constexpr int kClusterBlocks = kSplitK ? 1 : 2;        // where they do not share a tile
   static constexpr int kSharers = kSplitK || kSharesW ? 1 : 2;  // blocks that load an x stage together
@@ -1418,11 +1418,16 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       add_partial(total, inverse);
       note_inverse(inverse);
     };
-    [[maybe_unused]] auto multiply_converting = [&] {
+    [[maybe_unused]] auto multiply_converting = [&](int shift) {
       clear_total();
       wait_for_w();
 #pragma unroll
       for (int step = 0; step < 4; ++step) load_w(step);
+      if (T::kUnalignedW && k_begin == 0 && q == 0) {  // what was read early
+#pragma unroll
+        for (int k = 0; k < T::kUnit - 1; ++k)
+          if (k < shift) w.step[0][k] = w.step[0][4 + k] = 0;
+      }
       find_scales();
       split_step<T::kParts>(fragments[0], w, 0);
 #pragma unroll 1
@@ -1503,7 +1508,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       else if constexpr (T::kSharesW)
         multiply_converted(panels_of(m0));
       else
-        multiply_converting();
+        multiply_converting(shift_of(n0));
 
       // Epilogue. The thread's columns of out are n_of(r, 0) and n_of(r, 1). Measured: what is rarely executed should
       // be short or far away, since instructions are read from memory, too. So that z is stored by the same code as
@@ -2100,9 +2105,8 @@ static cudaError_t launch(const Arguments& args, int rows, int splits, int devic
   if (splits == 0 && rows == 256) return launch_if(Tile<kOperands, Element, 256, false, kTransposedW, kUnalignedW>());
   if constexpr (kOperands == Operands::kSplit && !kUnalignedW)
     if (splits == 0 && rows == 128) return launch_if(Tile<kOperands, Element, 128, false, kTransposedW>());
-  // A copy of W (kStaged) pays with many rows only. For an unaligned W the smaller tiles of float32 are not built,
-  // which would be nine variants more.
-  if constexpr (kOperands == Operands::kNative || (kOperands != Operands::kStaged && !kUnalignedW)) {
+  // A copy of W (kStaged) pays with many rows only.
+  if constexpr (kOperands != Operands::kStaged) {
     if (is_split && rows == 128) return launch_if(Tile<kOperands, Element, 128, true, kTransposedW, kUnalignedW>());
     if (is_split && rows == 64) return launch_if(Tile<kOperands, Element, 64, true, kTransposedW, kUnalignedW>());
     if (is_split && rows == 32) return launch_if(Tile<kOperands, Element, 32, true, kTransposedW, kUnalignedW>());
@@ -2252,9 +2256,10 @@ int64_t linear_hopper_scratch(const void* w, int64_t w_stride, int64_t m, int64_
 //   conversion: kNone with float16 and bfloat16, one of the others with float32.
 //   x [m, k] and w [n, k] with unit stride along k, rows and pointers in multiples of 16 bytes; float32 also k.
 //   kStaged: any rows. kSplitTransposed: w is [k, n] with unit stride along n, its rows and pointer in multiples of 16
-//   bytes; x has any rows. kNone, and kSplit and kRounded in tiles of 256 rows: or w has other rows (float32: or k is
-//   no multiple of 4), and then x any. bias [n], or null; out [m, n] and z [m, n], contiguous, z null where it is not
-//   wanted. m, n, k from 1 to 2^31 - 2048. scratch: 128-byte aligned, null where none is needed.
+//   bytes; x has any rows. kNone, kSplit and kRounded: or w has other rows (float32: or k is no multiple of 4), and
+//   then x any, but not in tiles of 128 rows that do not share K. bias [n], or null; out [m, n] and z [m, n],
+//   contiguous, z null where it is not wanted. m, n, k from 1 to 2^31 - 2048. scratch: 128-byte aligned, null where
+//   none is needed.
 int linear_hopper(const void* x, const void* w, const void* bias, void* out, void* z, void* scratch, int64_t x_stride,
                   int64_t w_stride, int64_t m, int64_t n, int64_t k, double scale, int dtype, int conversion, int rows,
                   int splits, int device, cudaStream_t stream) {

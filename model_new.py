@@ -115,8 +115,12 @@ def architectures():
 
 
 def nvcc_flags(archs):
-    """nvcc's flags for kernels.cu; `archs` as from `architectures()`."""
-    return ["-O3", "--threads=0"] + [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    """nvcc's flags for kernels.cu; `archs` as from `architectures()`.
+
+    Kernels are compiled in parallel, in as many threads on every machine: without, the machine code is another.
+    """
+    targets = (f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
+    return ["-O3", "--threads=0", "--split-compile=8", *targets]
 
 
 class _BuildEnvironment:
@@ -324,14 +328,17 @@ def select_tile(precision, m, n, k):
     """
     if m == 0 or n < 512 or n * k < _SMALLEST_W or max(m, n, k) > 2**31 - 2048:
         return None  # fewer columns were not measured: a long K would leave most SMs without work
-    # Where rows are not in multiples of 16 bytes cuBLAS drops to a quarter of its rate, in float32 not while it only
-    # streams W for a few rows of x. Here either x is stored several times then, or W is copied, see `_copies_weight`.
+    # Where rows are not in multiples of 16 bytes cuBLAS drops to a quarter of its rate. Here either x is stored several
+    # times then, or W is copied, see `_copies_weight`.
     aligned = k % (8 if precision == "16 bit" else 4) == 0
     work = m * n * k
 
     def microseconds(tile):
-        copies = not aligned and _copies_weight(tile, m, n)
-        return _microseconds(m, n, k, *tile) + copies * 2 * _weight_bytes(tile[0], n, k) / _BYTES_PER_MICROSECOND
+        kernel, rows, _ = tile
+        time = _microseconds(m, n, k, *tile)
+        if not aligned and _copies_weight(tile, m, n):
+            return time + 2 * _weight_bytes(kernel, n, k) / _BYTES_PER_MICROSECOND
+        return time * (1 if aligned or m <= rows else _OF_SEVERAL.get((kernel, rows), 1))
 
     tile = min(_tiles(precision, m, n, k), key=microseconds)
     kernel, rows, _ = tile
@@ -340,12 +347,14 @@ def select_tile(precision, m, n, k):
     if precision == "float32":
         # SGEMM is behind everywhere, but its GEMV, which serves one row, only where W is large and all SMs read it.
         # Below K = 256 it is more accurate, and up to 512 its error is about the kernel's.
-        least = 16 if not aligned else 1 if n * k >= 2**24 and is_full else 2
+        least = 1 if is_full and (n * k >= 2**24 or not aligned) else 2
         serves = k >= 512 and m >= least
     elif precision == "tf32":
         if not aligned:
-            tile = ("fp16x1_staged" if m > 768 else "fp16x1"), 256, 0
-            serves = m >= 100 and work >= 2**33
+            if m > 640:
+                tile = "fp16x1_staged", 256, 0
+            # In between, short sums leave the library ahead.
+            serves = is_full if m == 1 else m <= 256 or m > 640 or k >= 1000
         elif m <= 64 or (m <= 128 and k >= 2 * n):
             # For a row cuBLAS has its GEMV; for more than 32 it streams W as fast, unless N gives it few tiles.
             if m == 1:
@@ -353,10 +362,12 @@ def select_tile(precision, m, n, k):
             else:
                 serves = m <= 32 or n * k >= 2**26 or (k >= 2 * n and (m > 64 or n * k < 2**25))
         else:
-            # Ahead once tiles of 256 rows keep the SMs busy, and long enough.
+            # Ahead once tiles of 256 rows keep the SMs busy, and long enough. In a single wave half of them is enough
+            # as soon as both blocks of a cluster have rows: cuBLAS has two waves then.
             # What the L2 cache delivers binds the kernel: at 4096 rows it pays to copy W in fp16, at 2048 not yet.
             tile = ("fp16x1_staged" if m > 2048 else kernel), 256, 0
-            serves = _occupied(m, n, tile[0]) >= 0.6 and work >= (2**33 if k >= 2048 else 1.2e10)
+            least = 0.486 if _waves(m, n, *tile) == 1 else 0.6
+            serves = _occupied(m, n, tile[0]) >= least and work >= (2**33 if k >= 2048 else 1.2e10)
     elif not aligned:
         serves = True
     elif m <= 64:  # one launch instead of two where W is small; equal where it is large and all SMs read it
@@ -373,12 +384,12 @@ def select_tile(precision, m, n, k):
 def _copies_weight(tile, m, n):
     """Whether a W whose rows are not in multiples of 16 bytes is copied for such tiles. Else it is read as it is, and x
     stored up to four times, in 16 bits eight times: measured, cheaper up to about M = N / 4, in 16 bits N / 16.
-    The tiles of float32 that do not have 256 rows cannot.
+    The tile of 128 rows that pairs of blocks share always wants a copy.
     """
-    kernel, rows, _ = tile
+    kernel, rows, splits = tile
     if kernel == "wgmma16":
         return m > n // 16
-    return kernel != "fp16x1_staged" and (m > n // 4 or rows != 256)
+    return kernel != "fp16x1_staged" and (m > n // 4 or (rows == 128 and splits == 0))
 
 
 def _weight_bytes(kernel, n, k):
@@ -446,6 +457,8 @@ _COSTS = {
 }
 # A single cluster's time with 1, 2 or 3 of its four panels of 128 rows: those that x does not fill are left out.
 _OF_A_CLUSTER = {1: 0.56, 2: 0.8, 3: 0.89}
+# More where several tiles of so many rows read a W whose rows begin anywhere.
+_OF_SEVERAL = {("fp16x3", 16): 1.2, ("fp16x3", 32): 1.2, ("fp16x3", 64): 1.2, ("fp16x1", 128): 1.35}
 _BYTES_PER_MICROSECOND = 4.2e6  # of a copy, read and written
 _RESIDENT = {0: 132, 1: 132, 2: 132, 3: 117, 4: 120}  # blocks that run at once, by splits: clusters must fit the GPCs
 

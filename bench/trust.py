@@ -55,7 +55,7 @@ SHAPES = {  # M, K, N. On a GPU: for the library, and each of the kernels of its
 }
 # And with tiles of all kinds, see fuzz.any_tile; the second shape with rows of W that are read as they begin, anywhere.
 TILE_SHAPE, TILES = (130, 520, 140), (0, 1, 3, 6, 8, 11, 13, 17)
-UNALIGNED_SHAPE, UNALIGNED_TILES = (20, 521, 332), (0, 6)
+UNALIGNED_SHAPE, UNALIGNED_TILES = (20, 521, 332), (0, 3, 6, 11, 15)
 LISTED, MOST_FAILURES = 10, 200  # of a row: failures that the table lists, failures that end it
 
 # --------------------------------------------------------------------------------------------------- the record

@@ -4,6 +4,7 @@ That is decided by dtypes, shapes, strides and settings alone: fake tensors stan
 needed. test_hopper.py looks whether what is selected is called.
 """
 
+import itertools
 import random
 
 import pytest
@@ -56,6 +57,21 @@ def test_fp16x3_only_for_sums_of_512_products_and_more():
 def test_a_copy_of_w_counts_as_the_tiles_that_read_it():
     """Those of "fp16x1_staged" pair columns of out, those of "fp16x1" rows, which can take another wave."""
     assert select_tile("tf32", 2100, 3500, 4096) == ("fp16x1_staged", 256, 0)
+
+
+@pytest.mark.parametrize("precision", KERNELS)
+def test_rows_that_begin_anywhere(precision):
+    """Of W, for few rows of x and for many: there cuBLAS has a quarter of its rate, or two launches."""
+    for m, (k, n) in itertools.product((2, 16, 64, 100, 200, 1024), ((8191, 8193), (11007, 4095), (1001, 2047))):
+        assert select_tile(precision, m, n, k) is not None, (m, n, k)
+    # A single row: only where all SMs read W.
+    assert select_tile("tf32", 1, 8193, 8191) is not None and select_tile("tf32", 1, 1025, 3074) is None
+
+
+def test_half_a_wave_is_enough_for_tf32():
+    """As soon as both blocks of a cluster have rows: cuBLAS' tiles fit up to 256 rows of this W, and no more."""
+    assert select_tile("tf32", 257, 8192, 8192) == ("fp16x1", 256, 0)
+    assert select_tile("tf32", 256, 8192, 8192) is None and select_tile("tf32", 384, 11008, 4096) is None
 
 
 def test_16_bits_in_large_tiles_only_where_they_fill_the_sms():

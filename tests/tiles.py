@@ -43,8 +43,7 @@ def a_shape_of(kernel):
 
 def reads_any_rows(tile):
     """Whether a tile reads a W as it is whose rows are not in multiples of 16 bytes."""
-    kernel, rows, _ = tile
-    return kernel in ("wgmma16", "fp16x1_staged") or rows == 256
+    return tile[1:] != (128, 0)
 
 
 def scratch_bytes(kernel, m, n, k, w=0, w_stride=0):
