@@ -542,7 +542,7 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 //   in the order 0 1 4 5 8 9 12 13 2 3 6 7 10 11 14 15 for it. Converters keep the order that k has.
 // Rows of W that begin anywhere (kUnalignedW). TMA reads from multiples of 16 bytes only. So a row is read up to 7
 //   numbers early, and x is stored with as many zeros in front of its rows: once for every such shift, by
-//   split_rows_kernel, or with 16 bits by shift_rows_kernel. All rows of a tile are multiplied by the same copy of x,
+//   split_rows_kernel, or with 16 bits by copy_rows_kernel. All rows of a tile are multiplied by the same copy of x,
 //   so it has every 2nd, 4th or 8th row of W, and column of out. What was read early belongs to another row and may be
 //   NaN. It is made 0: in registers, by who converts W, or with 16 bits by the consumers, in shared memory.
 // Rows behind the last. What TMA fills with zeros, because it is outside, takes longer than what it copies. So where x
@@ -706,7 +706,7 @@ struct WRows {
   bool are_aligned() const { return interleave == 1 && offset == 0; }
 };
 
-// What split_rows_kernel makes of a matrix [m, k], and where shift_rows_kernel puts its copies of x, in hi, of 16-bit
+// What split_rows_kernel makes of a matrix [m, k], and where copy_rows_kernel puts its copies of x, in hi, of 16-bit
 // elements of either type. One allocation, whose parts are 128-byte aligned.
 struct SplitRows {
   int padded_k;     // k and the zeros in front of it, up to whole blocks
@@ -1146,7 +1146,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         });
       } else {
         Ring<kXStages> ring;
-        // split_rows_kernel may still be at x; W is the caller's, or a copy made before that began.
+        // Another kernel may still be at a copy of x; W is the caller's, or a copy made before that one began.
         griddepcontrol_wait();
         scheduler.for_each_tile(rank, blocks, [&](int m0, int n0) {
           const int copy = copy_of(n0) * args.x_split.rows;
@@ -1974,20 +1974,51 @@ static cudaError_t launch_split_rows(const void* from, int64_t stride, const Spl
   return cudaGetLastError();
 }
 
-constexpr int kShiftThreads = 256;
+constexpr int kCopyThreads = 256, kCopyUnroll = 8;
 
-// split.hi [copies, rows, padded_k] = x [m, k] of 16-bit elements, with a shift's zeros in front and zeros behind.
-// blockIdx: row, copy.
-__global__ void __launch_bounds__(kShiftThreads)
-    shift_rows_kernel(const uint16_t* __restrict__ x, int64_t x_stride, const SplitRows split, const WRows w_rows,
-                      int m, int k) {
-  const uint16_t* row = x + min(int(blockIdx.x), m - 1) * x_stride;
-  const int shift = w_rows.shift_of(blockIdx.y);
-  auto* to = reinterpret_cast<ushort2*>(split.hi + (int64_t(blockIdx.y) * split.rows + blockIdx.x) * split.padded_k);
-  auto load = [&](int at) -> unsigned short { return unsigned(at) < unsigned(k) ? row[at] : 0; };
-#pragma unroll 4
-  for (int at = threadIdx.x; at < split.padded_k / 2; at += kShiftThreads)
-    to[at] = {load(2 * at - shift), load(2 * at + 1 - shift)};
+// to [copies, rows, to_words] = from [m, k], each copy with a shift's zeros in front of its rows, and with zeros
+// behind; rows behind the last are copies of it. Elements of kElementBytes, 2 or 4, a row stride of from_stride
+// elements. Everything moves in words of 4 bytes, which rows of 2-byte elements may begin in the middle of.
+// blockIdx: row, part of the row, copy.
+template <int kElementBytes>
+__global__ void __launch_bounds__(kCopyThreads)
+    copy_rows_kernel(const char* __restrict__ from, int64_t from_stride, uint32_t* __restrict__ to, int m, unsigned k,
+                     unsigned to_words, const WRows w_rows) {
+#ifdef HAS_SM90A
+  griddepcontrol_launch_dependents();
+#endif
+  constexpr unsigned kPerWord = 4 / kElementBytes, kPart = kCopyThreads * kCopyUnroll;
+  const int zeros = w_rows.shift_of(blockIdx.z);
+  const char* row = from + (min(int(blockIdx.x), m - 1) * from_stride - zeros) * kElementBytes;  // of its zeros
+  const int shift = kPerWord == 2 && reinterpret_cast<uintptr_t>(row) & 2 ? 16 : 0;
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(row - shift / 8);
+  to += (int64_t(blockIdx.z) * gridDim.x + blockIdx.x) * to_words;
+  for (unsigned first = blockIdx.y * kPart + threadIdx.x; first < to_words; first += gridDim.y * kPart) {
+    uint32_t value[kCopyUnroll];
+#pragma unroll
+    for (int u = 0; u < kCopyUnroll; ++u) {
+      const unsigned at = first + u * kCopyThreads, element = at * kPerWord - zeros;  // the word's first
+      const bool has_first = element < k, has_second = kPerWord == 2 && element + 1 < k;
+      const uint32_t low = has_first || (shift == 0 && has_second) ? words[at] : 0;
+      const uint32_t high = shift != 0 && has_second ? words[at + 1] : 0;
+      value[u] = __funnelshift_r(low, high, shift);
+      if (kPerWord == 2 && has_first != has_second) value[u] &= has_first ? 0xffff : 0xffff0000;
+    }
+#pragma unroll
+    for (int u = 0; u < kCopyUnroll; ++u)
+      if (first + u * kCopyThreads < to_words) to[first + u * kCopyThreads] = value[u];
+  }
+}
+
+// to: [copies of w_rows, rows, to_stride] elements, its rows in multiples of 4 bytes.
+static cudaError_t launch_copy_rows(const void* from, int64_t from_stride, void* to, int64_t rows, int m, int k,
+                                    int to_stride, int element_bytes, const WRows& w_rows, cudaStream_t stream) {
+  const unsigned words = unsigned(int64_t(to_stride) * element_bytes / 4), part = kCopyThreads * kCopyUnroll;
+  const dim3 grid(unsigned(rows), std::min((words + part - 1) / part, 65535u), unsigned(w_rows.interleave));
+  const auto kernel = element_bytes == 2 ? copy_rows_kernel<2> : copy_rows_kernel<4>;
+  kernel<<<grid, kCopyThreads, 0, stream>>>(static_cast<const char*>(from), from_stride, static_cast<uint32_t*>(to), m,
+                                            unsigned(k), words, w_rows);
+  return cudaGetLastError();
 }
 
 // A launch of linear_kernel<T>. Its attributes are part of it: not to be copied.
@@ -1998,14 +2029,15 @@ template <typename T> struct Launch {
   Launch(int clusters, int blocks_per_cluster, cudaStream_t stream = nullptr) {
     attributes[0].id = cudaLaunchAttributeClusterDimension;
     attributes[0].val.clusterDim = {unsigned(blocks_per_cluster), 1, 1};
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;  // start while split_rows_kernel runs out
+    // Start while split_rows_kernel or copy_rows_kernel runs out.
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = unsigned(clusters) * blocks_per_cluster;
     config.blockDim = T::kThreads;
     config.dynamicSmemBytes = T::kSharedBytes;
     config.stream = stream;
     config.attrs = attributes;
-    config.numAttrs = T::kOperands == Operands::kNative ? 1 : 2;
+    config.numAttrs = T::kIsFloat || T::kUnalignedW ? 2 : 1;  // else what runs before is the caller's
   }
   Launch(const Launch&) = delete;
 };
@@ -2041,12 +2073,9 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
           args.is_aligned, T::kKeepsOrder, stream);
   const int64_t all_rows = int64_t(args.x_split.rows) * args.w_rows.interleave;  // of x's copies
   if (all_rows > INT32_MAX - kMaxRows) return cudaErrorInvalidValue;
-  if constexpr (T::kUnalignedW && !T::kIsFloat) {
-    const dim3 grid(unsigned(args.x_split.rows), unsigned(args.w_rows.interleave));
-    shift_rows_kernel<<<grid, kShiftThreads, 0, stream>>>(static_cast<const uint16_t*>(args.x), args.x_stride,
-                                                          args.x_split, args.w_rows, args.m, args.k);
-    error = cudaGetLastError();
-  }
+  if constexpr (T::kUnalignedW && !T::kIsFloat)
+    error = launch_copy_rows(args.x, args.x_stride, args.x_split.hi, args.x_split.rows, args.m, args.k,
+                             args.x_split.padded_k, 2, args.w_rows, stream);
   WMaps<T> w_maps;
   CUtensorMap x_map, x_lo_map;
   StoreMaps<T::kStoresBoxes> store_maps = {};
@@ -2119,47 +2148,6 @@ static cudaError_t launch(const Arguments& args, bool has_aligned_w, int rows, i
                           cudaStream_t stream) {
   return has_aligned_w ? launch<kOperands, Element, false, false>(args, rows, splits, device, stream)
                        : launch<kOperands, Element, false, true>(args, rows, splits, device, stream);
-}
-
-// ---- operands whose rows are not in multiples of 16 bytes
-
-constexpr int kPadThreads = 256, kPadUnroll = 8;
-
-// to [rows, to_words] = from [rows, k] with zeros behind, for elements of `element_bytes`, 2 or 4, and a row stride of
-// from_stride elements. Everything moves in words of 4 bytes, which rows of 2-byte elements may begin in the middle of.
-// blockIdx: row, part of the row.
-__global__ void __launch_bounds__(kPadThreads)
-    pad_rows_kernel(const char* __restrict__ from, int64_t from_stride, uint32_t* __restrict__ to, int k, int to_words,
-                    int element_bytes) {
-  const char* row = from + blockIdx.x * from_stride * element_bytes;
-  const int shift = reinterpret_cast<uintptr_t>(row) & 2 ? 16 : 0;
-  const uint32_t* words = reinterpret_cast<const uint32_t*>(row - shift / 8);
-  const int per_word = 4 / element_bytes;
-  to += int64_t(blockIdx.x) * to_words;
-  constexpr int kPart = kPadThreads * kPadUnroll;
-  for (int64_t first = int64_t(blockIdx.y) * kPart + threadIdx.x; first < to_words;
-       first += int64_t(gridDim.y) * kPart) {
-    uint32_t value[kPadUnroll];
-#pragma unroll
-    for (int u = 0; u < kPadUnroll; ++u) {
-      const int64_t at = first + u * kPadThreads, present = k - at * per_word;  // elements of this word and after it
-      const uint32_t low = present > 0 ? words[at] : 0, high = shift && present > 1 ? words[at + 1] : 0;
-      value[u] = __funnelshift_r(low, high, shift);
-      if (present < per_word) value[u] = present > 0 ? value[u] & 0xffff : 0;
-    }
-#pragma unroll
-    for (int u = 0; u < kPadUnroll; ++u)
-      if (first + u * kPadThreads < to_words) to[first + u * kPadThreads] = value[u];
-  }
-}
-
-static cudaError_t launch_pad_rows(const void* from, int64_t from_stride, void* to, int64_t rows, int k, int to_stride,
-                                   int element_bytes, cudaStream_t stream) {
-  const int words = int(int64_t(to_stride) * element_bytes / 4), parts = words / (kPadThreads * kPadUnroll) + 1;
-  const dim3 grid(unsigned(rows), unsigned(std::min(parts, 65535)));
-  pad_rows_kernel<<<grid, kPadThreads, 0, stream>>>(static_cast<const char*>(from), from_stride,
-                                                    static_cast<uint32_t*>(to), k, words, element_bytes);
-  return cudaGetLastError();
 }
 
 }  // namespace hopper
@@ -2310,7 +2298,8 @@ int pad_rows(const void* from, void* to, int64_t from_stride, int64_t rows, int6
              int element_bytes, int device, cudaStream_t stream) {
   const DeviceGuard guard(device);
   if (guard.error != cudaSuccess) return guard.error;
-  return hopper::launch_pad_rows(from, from_stride, to, rows, int(k), int(to_stride), element_bytes, stream);
+  return hopper::launch_copy_rows(from, from_stride, to, rows, int(rows), int(k), int(to_stride), element_bytes,
+                                  hopper::WRows(nullptr, 0, element_bytes), stream);
 }
 
 }  // extern "C"
