@@ -1245,7 +1245,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     }
   } else {  // ------------------------------------------------------------------- consumers
     setmaxnreg_inc<T::kConsumerRegisters>();
-    griddepcontrol_wait();  // for inverse_scale
+    griddepcontrol_wait();  // for inverse_scale, of float32
     const int consumer = (warp - kFirstConsumer) / 4, r = lane / 4, q = lane % 4;
     // W's row that is the fragment's row r; row r + 8 is kColumnStep further. From registers: 0 4 1 5 2 6 3 7 of eight,
     // so that the eight lanes that load 16 bytes together touch all banks under the swizzle, where rows r and r + 1
@@ -1978,8 +1978,8 @@ constexpr int kCopyThreads = 256, kCopyUnroll = 8;
 
 // to [copies, rows, to_words] = from [m, k], each copy with a shift's zeros in front of its rows, and with zeros
 // behind; rows behind the last are copies of it. Elements of kElementBytes, 2 or 4, a row stride of from_stride
-// elements. Everything moves in words of 4 bytes, which rows of 2-byte elements may begin in the middle of.
-// blockIdx: row, part of the row, copy.
+// elements. Everything moves in words of 4 bytes, which rows of 2-byte elements may begin in the middle of: a word is
+// read if any of it is the row's. blockIdx: row, part of the row, copy.
 template <int kElementBytes>
 __global__ void __launch_bounds__(kCopyThreads)
     copy_rows_kernel(const char* __restrict__ from, int64_t from_stride, uint32_t* __restrict__ to, int m, unsigned k,
@@ -1990,7 +1990,7 @@ __global__ void __launch_bounds__(kCopyThreads)
   constexpr unsigned kPerWord = 4 / kElementBytes, kPart = kCopyThreads * kCopyUnroll;
   const int zeros = w_rows.shift_of(blockIdx.z);
   const char* row = from + (min(int(blockIdx.x), m - 1) * from_stride - zeros) * kElementBytes;  // of its zeros
-  const int shift = kPerWord == 2 && reinterpret_cast<uintptr_t>(row) & 2 ? 16 : 0;
+  const int shift = kPerWord == 2 && (reinterpret_cast<uintptr_t>(row) & 2) ? 16 : 0;
   const uint32_t* words = reinterpret_cast<const uint32_t*>(row - shift / 8);
   to += (int64_t(blockIdx.z) * gridDim.x + blockIdx.x) * to_words;
   for (unsigned first = blockIdx.y * kPart + threadIdx.x; first < to_words; first += gridDim.y * kPart) {
@@ -2037,7 +2037,9 @@ template <typename T> struct Launch {
     config.dynamicSmemBytes = T::kSharedBytes;
     config.stream = stream;
     config.attrs = attributes;
-    config.numAttrs = T::kIsFloat || T::kUnalignedW ? 2 : 1;  // else what runs before is the caller's
+    // Only where one of the two comes between: what is fetched without waiting, W, was complete before that began. Of
+    // 16 bits with aligned rows the launch before may be what makes W, or its copy.
+    config.numAttrs = T::kIsFloat || T::kUnalignedW ? 2 : 1;
   }
   Launch(const Launch&) = delete;
 };
@@ -2132,6 +2134,7 @@ static cudaError_t launch(const Arguments& args, int rows, int splits, int devic
   const bool is_split = splits >= 1 && splits <= kMaxSplits && splits <= (args.k + kTileK - 1) / kTileK;
   const auto launch_if = [&](auto tile) { return launch_tile<decltype(tile)>(args, splits, device, stream); };
   if (splits == 0 && rows == 256) return launch_if(Tile<kOperands, Element, 256, false, kTransposedW, kUnalignedW>());
+  // Not for an unaligned W: few shapes would want it.
   if constexpr (kOperands == Operands::kSplit && !kUnalignedW)
     if (splits == 0 && rows == 128) return launch_if(Tile<kOperands, Element, 128, false, kTransposedW>());
   // A copy of W (kStaged) pays with many rows only.

@@ -117,7 +117,8 @@ def architectures():
 def nvcc_flags(archs):
     """nvcc's flags for kernels.cu; `archs` as from `architectures()`.
 
-    Kernels are compiled in parallel, in as many threads on every machine: without, the machine code is another.
+    Kernels are compiled in parallel: in eight threads even where there are fewer CPUs, since with a single one nvcc
+    compiles otherwise, and some of split_rows_kernel comes out as other instructions.
     """
     targets = (f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
     return ["-O3", "--threads=0", "--split-compile=8", *targets]
@@ -316,21 +317,22 @@ _SMALLEST_W = 2**19  # entries; smaller ones were not measured: their time is th
 
 
 @functools.lru_cache(maxsize=4096)
-def select_tile(precision, m, n, k):
+def select_tile(precision, m, n, k, transposed=False):
     """How kernels.cu serves x [m, k], W [n, k] on Hopper: (kernel, rows, splits), or None where the library does.
 
     precision: "float32", "tf32" or "16 bit". kernel: a name that `select_kernel` returns. rows: of out that a block
     computes, by 128 columns. splits: blocks that share a tile, each with a part of K; 0 where pairs of blocks share an
-    operand.
+    operand. transposed: W comes as [k, n], and its rows in multiples of 16 bytes.
 
     Each rule is from times on an H200 of every tile beside the library's GEMM and fused epilogue, in CUDA graphs: M
-    from 1 to 1024 with fifteen (K, N) from (1024, 512) to (16384, 4096), and larger M before.
+    from 1 to 1024 with fifteen (K, N) from (1024, 512) to (16384, 4096), and larger M before. Those of a W whose rows
+    begin anywhere are from an H100 and nine (K, N) from (1023, 2047) to (8191, 8193), those of half a wave from ten.
     """
     if m == 0 or n < 512 or n * k < _SMALLEST_W or max(m, n, k) > 2**31 - 2048:
         return None  # fewer columns were not measured: a long K would leave most SMs without work
     # Where rows are not in multiples of 16 bytes cuBLAS drops to a quarter of its rate. Here either x is stored several
     # times then, or W is copied, see `_copies_weight`.
-    aligned = k % (8 if precision == "16 bit" else 4) == 0
+    aligned = transposed or k % (8 if precision == "16 bit" else 4) == 0
     work = m * n * k
 
     def microseconds(tile):
@@ -345,7 +347,8 @@ def select_tile(precision, m, n, k):
     # Whether enough SMs have work to stream W at full rate.
     is_full = _blocks(m, n, *tile) >= 120
     if precision == "float32":
-        # SGEMM is behind everywhere, but its GEMV, which serves one row, only where W is large and all SMs read it.
+        # SGEMM is behind everywhere, but its GEMV, which serves one row, only where W is large and all SMs read it; or,
+        # of any size, where its rows begin anywhere.
         # Below K = 256 it is more accurate, and up to 512 its error is about the kernel's.
         least = 1 if is_full and (n * k >= 2**24 or not aligned) else 2
         serves = k >= 512 and m >= least
@@ -353,8 +356,9 @@ def select_tile(precision, m, n, k):
         if not aligned:
             if m > 640:
                 tile = "fp16x1_staged", 256, 0
-            # In between, short sums leave the library ahead.
-            serves = is_full if m == 1 else m <= 256 or m > 640 or k >= 1000
+            # Above 640 rows a rounded copy pays; from 257 on short sums leave the library ahead.
+            many = work >= 2**30 if m > 640 else m <= 256 or k >= 1000
+            serves = is_full if m == 1 else many and k >= 512
         elif m <= 64 or (m <= 128 and k >= 2 * n):
             # For a row cuBLAS has its GEMV; for more than 32 it streams W as fast, unless N gives it few tiles.
             if m == 1:
@@ -362,11 +366,12 @@ def select_tile(precision, m, n, k):
             else:
                 serves = m <= 32 or n * k >= 2**26 or (k >= 2 * n and (m > 64 or n * k < 2**25))
         else:
-            # Ahead once tiles of 256 rows keep the SMs busy, and long enough. In a single wave half of them is enough
-            # as soon as both blocks of a cluster have rows: cuBLAS has two waves then.
+            # Ahead once tiles of 256 rows keep the SMs busy, and long enough. In a single wave half of the SMs are
+            # enough, if both blocks of a cluster have rows and cuBLAS' tiles of 128 x 128 need two waves.
             # What the L2 cache delivers binds the kernel: at 4096 rows it pays to copy W in fp16, at 2048 not yet.
             tile = ("fp16x1_staged" if m > 2048 else kernel), 256, 0
-            least = 0.486 if _waves(m, n, *tile) == 1 else 0.6
+            is_one_wave = m > 256 and _waves(m, n, *tile) == 1 and math.ceil(m / 128) * math.ceil(n / 128) > 132
+            least = 0.485 if is_one_wave else 0.6
             serves = _occupied(m, n, tile[0]) >= least and work >= (2**33 if k >= 2048 else 1.2e10)
     elif not aligned:
         serves = True
@@ -384,7 +389,7 @@ def select_tile(precision, m, n, k):
 def _copies_weight(tile, m, n):
     """Whether a W whose rows are not in multiples of 16 bytes is copied for such tiles. Else it is read as it is, and x
     stored up to four times, in 16 bits eight times: measured, cheaper up to about M = N / 4, in 16 bits N / 16.
-    The tile of 128 rows that pairs of blocks share always wants a copy.
+    The tile of 128 rows whose blocks share x in pairs is not built for such a W: it always wants a copy.
     """
     kernel, rows, splits = tile
     if kernel == "wgmma16":
@@ -457,7 +462,7 @@ _COSTS = {
 }
 # A single cluster's time with 1, 2 or 3 of its four panels of 128 rows: those that x does not fill are left out.
 _OF_A_CLUSTER = {1: 0.56, 2: 0.8, 3: 0.89}
-# More where several tiles of so many rows read a W whose rows begin anywhere.
+# How much longer it takes where several tiles of so many rows read a W whose rows begin anywhere.
 _OF_SEVERAL = {("fp16x3", 16): 1.2, ("fp16x3", 32): 1.2, ("fp16x3", 64): 1.2, ("fp16x1", 128): 1.35}
 _BYTES_PER_MICROSECOND = 4.2e6  # of a copy, read and written
 _RESIDENT = {0: 132, 1: 132, 2: 132, 3: 117, 4: 120}  # blocks that run at once, by splits: clusters must fit the GPCs
@@ -590,7 +595,7 @@ def _matmul_cuda(a, b):
     """a·b, for a [m, k] and b [k, n]: the backward's products, in float32 by the kernel that serves the forward."""
     (m, k), n = a.shape, b.shape[1]
     may_serve = a.device.index in _hopper_devices and a.dtype == torch.float32 and not _allows_tf32()
-    tile = select_tile("float32", m, n, k) if may_serve and _in_16_bytes(b) else None
+    tile = select_tile("float32", m, n, k, transposed=True) if may_serve and _in_16_bytes(b) else None
     if tile is None:
         return a.mm(b)
     a = a if a.stride(1) == 1 and a.stride(0) >= k else a.contiguous()

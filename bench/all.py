@@ -3,7 +3,7 @@
     python bench/all.py                    on a GPU; writes bench/results/<gpu>.json, <gpu>-high.json, <gpu>-grid.json
     python bench/all.py --from-recorded    without one: tables and figures from what is there
 
-Measuring is bench/reference.py at 'highest' (all of it) and at 'high' (times and accuracy), and bench/grid.py.
+Measuring is bench/reference.py at 'highest' (all of it) and at 'high' (times, accuracy, energy), and bench/grid.py.
 """
 
 import argparse
@@ -19,7 +19,7 @@ def measurements(results):
     reference = ["reference.py", "--output"]
     return [
         [*reference, results],
-        [*reference, companion(results, "high"), "--precision", "high", "--sections", "time,accuracy"],
+        [*reference, companion(results, "high"), "--precision", "high", "--sections", "time,accuracy,energy"],
         ["grid.py", "--output", companion(results, "grid")],
     ]
 

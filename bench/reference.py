@@ -43,6 +43,7 @@ DEVICE = "cuda"
 WARM_UP_SECONDS = 1.0  # of the timed work itself, so that clocks and power have settled
 HOST_SHAPE = 8, 32, 16  # M, K, N: kernels shorter than their launches
 CONDITIONS = {"sm_clock_mhz": "MHz", "power_w": "W", "temperature_c": "°C"}  # as sampled: name, unit
+STEADY_SECONDS = 3.0  # of a load whose power is measured: nvidia-smi's is a mean over the last second
 HOST_BLOCK = 50  # calls between two synchronizations: with backward under 1000 launches, which the queue holds
 
 
@@ -279,6 +280,10 @@ COLUMNS = {  # a row's key: heading, width and format
     "error_frobenius": ("error", 9, "{:.1e}"),
     "error_componentwise": ("compon.", 9, "{:.1e}"),
     "scratch_megabytes": ("scratch", 10, "{:.1f} MB"),
+    "sm_clock_mhz": ("MHz", 7, "{:.0f}"),
+    "power_w": ("W", 6, "{:.0f}"),
+    "millijoules": ("mJ", 8, "{:.1f}"),
+    "energy_ratio": ("/GEMM", 7, "{:.2f}"),
 }
 
 
@@ -638,6 +643,50 @@ def epilogue_section(arguments):
     return results, True
 
 
+# ----------------------------------------------------------------------------------------------------- energy
+
+
+def steady(function):
+    """{ms, sm_clock_mhz, power_w, millijoules} of a call, calls back to back; null what nvidia-smi does not say.
+
+    The first half of the time warms up: clock and power are medians of the second.
+    """
+    with sampled_conditions() as samples:
+        for _ in range(2):
+            first, calls, start = len(samples), 0, time.perf_counter()
+            while time.perf_counter() - start < STEADY_SECONDS / 2:
+                for _ in range(HOST_BLOCK):
+                    function()
+                torch.cuda.synchronize()
+                calls += HOST_BLOCK
+            ms = (time.perf_counter() - start) / calls * 1e3
+        clock, power, _ = [statistics.median(column) for column in zip(*samples[first:])] or [None] * 3
+    return {"ms": ms, "sm_clock_mhz": clock, "power_w": power, "millijoules": power and ms * power}
+
+
+def energy_section(arguments):
+    """What a call takes of energy: calls back to back, the cache not flushed; power times time. * marks bare GEMMs."""
+    dtypes = ("float32", "bfloat16") if arguments.precision == "highest" else ("float32",)
+    return [row for dtype in dtypes for row in energy(arguments, dtype)], True
+
+
+def energy(arguments, dtype):
+    eager, new, x = problem(arguments.shape, getattr(torch, dtype))
+    a, b, options, gemm = x, new.gemm.weight.t(), {}, "cuBLAS GEMM"
+    if dtype == "float32":
+        a, b, options, gemm = a.half(), b.half(), {"out_dtype": torch.float32}, YARDSTICK
+    functions = {"eager": lambda: eager(x), "ModelNew": lambda: new(x), gemm: lambda: torch.mm(a, b, **options)}
+    found = {name: steady(function) for name, function in functions.items()}
+    kernel, of_gemm, rows = select_kernel(x, new.gemm.weight, new.gemm.bias), found[gemm]["millijoules"], []
+    for name, values in found.items():
+        values |= {"energy_ratio": of_gemm and values["millijoules"] / of_gemm, "dtype": dtype}
+        values |= {"speedup": found["eager"]["ms"] / values["ms"], "kernel": kernel if name == "ModelNew" else None}
+        values["error_of"] = "product" if name == gemm else "out"
+        rows.append(row(arguments, "energy", name, arguments.shape, **values))
+    print_table(rows)
+    return rows
+
+
 # ------------------------------------------------------------------------------------------------------- host
 
 
@@ -700,6 +749,7 @@ SECTIONS = {
     "training": training_section,
     "accuracy": accuracy_section,
     "epilogue": epilogue_section,
+    "energy": energy_section,
     "host": host_section,
 }
 

@@ -116,6 +116,23 @@ def epilogue(rows):
     return table(["", "ms", "GB/s", "of a copy of this size", "of the large copy"], body)
 
 
+def energy(rows):
+    body = []
+    formats = {"ms": "{:.3f}", "sm_clock_mhz": "{:.0f}", "power_w": "{:.0f}", "millijoules": "{:.0f}"}
+    formats["energy_ratio"] = "{:.2f}"
+    for row in rows:
+        kind = f"float32, '{row['precision']}'" if row["dtype"] == "float32" else row["dtype"]
+        cells = [label(row), kind]
+        cells += ["–" if row[key] is None else text.format(row[key]) for key, text in formats.items()]
+        body.append([f"**{cell}**" for cell in cells] if row["name"] == "ModelNew" else cells)
+    header = ["", "", "ms", "SM clock, MHz", "power, W", "mJ a call", "/ GEMM"]
+    note = (
+        "{gpu}, torch {torch}, M, K, N = {shape}; calls back to back, the cache not flushed; medians of what nvidia-smi"
+    )
+    note += " says of clock and power. * A bare GEMM, whose energy is that of the last column."
+    return f"{table(header, body)}\n\n{note.format(**rows[0])}"
+
+
 def host(rows):
     cost = {tuple(row["name"].split(", ", 1)): row["ms"] * 1e3 for row in rows}  # (who, what): microseconds
     pairs = [(what, cost["eager", what], cost["ModelNew", what]) for who, what in cost if who == "eager"]
@@ -176,6 +193,7 @@ TABLES = {  # marker: (section of the results, precision or None for all, its ro
     "accuracy": ("accuracy", "highest", accuracy),
     "accuracy-high": ("accuracy", "high", accuracy),
     "epilogue": ("epilogue", "highest", epilogue),
+    "energy": ("energy", None, energy),
     "host": ("host", "highest", host),
     "grid": ("grid", None, grid),
     "grid-summary": ("grid", None, grid_summary),

@@ -231,7 +231,7 @@ def any_tile(index):
         yield
         return
 
-    def select_tile(precision, m, n, k):
+    def select_tile(precision, m, n, k, transposed=False):
         kernels = {"float32": ["fp16x3"], "tf32": ["fp16x1", "fp16x1_staged"], "16 bit": ["wgmma16"]}[precision]
         all_tiles = [tile for kernel in kernels for tile in tiles(kernel, k)]
         return all_tiles[index % len(all_tiles)] if min(m, n, k) else None

@@ -110,6 +110,39 @@ def test_a_rival_that_fails_is_named_and_left_out(on_cpu, monkeypatch, capsys):
         rows_of("time")
 
 
+@pytest.mark.parametrize("precision, dtypes", [("highest", ["float32", "bfloat16"]), ("high", ["float32"])])
+@pytest.mark.parametrize("has_nvidia_smi", [True, False])
+def test_energy(has_nvidia_smi, precision, dtypes, on_cpu, monkeypatch, capsys):
+    """Of the second half of the time: what was sampled before does not count."""
+    samples = []
+
+    @contextlib.contextmanager
+    def sampled():
+        samples.clear()
+        yield samples
+
+    def synchronize():  # after every block of calls: a lower clock each time
+        if has_nvidia_smi:
+            samples.append((1000.0 / (1 + len(samples)), 500.0, 40.0))
+
+    multiply = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype=None: multiply(a, b).to(out_dtype or a.dtype))
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(reference, "sampled_conditions", sampled)
+    monkeypatch.setattr(reference, "STEADY_SECONDS", 1e-4)  # a block of calls in each half
+    rows = rows_of("energy", precision)
+    assert [row["name"] for row in rows[:3]] == ["eager", "ModelNew", reference.YARDSTICK]
+    assert [row["dtype"] for row in rows[::3]] == dtypes and len(rows) == 3 * len(dtypes)
+    for i, row in enumerate(rows):
+        of_gemm = rows[i // 3 * 3 + 2]["millijoules"]
+        assert row["ms"] > 0 and row["speedup"] == pytest.approx(rows[i // 3 * 3]["ms"] / row["ms"])
+        assert row["sm_clock_mhz"] == (500.0 if has_nvidia_smi else None)
+        assert row["millijoules"] == (pytest.approx(500 * row["ms"]) if has_nvidia_smi else None)
+        assert row["energy_ratio"] == (pytest.approx(row["millijoules"] / of_gemm) if has_nvidia_smi else None)
+    printed = capsys.readouterr().out
+    assert f"{reference.YARDSTICK} *" in printed and (" mJ" in printed) == has_nvidia_smi
+
+
 def test_each_section_is_written_with_its_conditions(on_cpu, monkeypatch, tmp_path, capsys):
     """Also where a section fails, which the exit status says."""
 

@@ -64,14 +64,20 @@ def test_rows_that_begin_anywhere(precision):
     """Of W, for few rows of x and for many: there cuBLAS has a quarter of its rate, or two launches."""
     for m, (k, n) in itertools.product((2, 16, 64, 100, 200, 1024), ((8191, 8193), (11007, 4095), (1001, 2047))):
         assert select_tile(precision, m, n, k) is not None, (m, n, k)
+    # Nothing so small was measured.
+    assert all(select_tile("tf32", *shape) is None for shape in [(641, 512, 1025), (1024, 2**20, 1), (64, 65536, 9)])
+    # A transposed W's rows lie along n.
+    assert select_tile("float32", 256, 1024, 1023, transposed=True) == select_tile("float32", 256, 1024, 1024)
     # A single row: only where all SMs read W.
     assert select_tile("tf32", 1, 8193, 8191) is not None and select_tile("tf32", 1, 1025, 3074) is None
 
 
 def test_half_a_wave_is_enough_for_tf32():
     """As soon as both blocks of a cluster have rows: cuBLAS' tiles fit up to 256 rows of this W, and no more."""
-    assert select_tile("tf32", 257, 8192, 8192) == ("fp16x1", 256, 0)
-    assert select_tile("tf32", 256, 8192, 8192) is None and select_tile("tf32", 384, 11008, 4096) is None
+    served = [(257, 8192, 8192), (513, 4096, 11008), (448, 5120, 5120)]
+    assert all(select_tile("tf32", *shape) == ("fp16x1", 256, 0) for shape in served)
+    others = [(256, 8192, 8192), (256, 8448, 8192), (384, 5632, 8192), (384, 11008, 4096)]
+    assert all(select_tile("tf32", *shape) is None for shape in others)
 
 
 def test_16_bits_in_large_tiles_only_where_they_fill_the_sms():

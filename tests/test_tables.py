@@ -101,6 +101,24 @@ def test_writes_what_it_checks_and_nothing_else(copy):
         conditions("accuracy", "highest") | {"sm_clock_mhz": None},  # there was no nvidia-smi
         row("accuracy", "some data", **accuracy),
         row("epilogue", "forward, in place", gb_per_s=3456.7, of_copy=0.5, of_big_copy=0.25),
+        row(
+            "energy",
+            "ModelNew",
+            kernel="fp16x3",
+            sm_clock_mhz=1470.4,
+            power_w=700,
+            millijoules=464.3,
+            energy_ratio=3.05,
+        ),
+        row(
+            "energy",
+            "cuBLAS GEMM",
+            dtype="bfloat16",
+            sm_clock_mhz=None,
+            power_w=None,
+            millijoules=None,
+            energy_ratio=None,
+        ),
         row("host", "eager, forward"),
         row("host", "ModelNew, forward"),
     ]
@@ -118,6 +136,11 @@ def test_writes_what_it_checks_and_nothing_else(copy):
     assert docs.count("SM clock 1800 MHz (1500 to 1980), power 650 W.\n<!--") == 1  # "times"; not the epilogue's
     assert "| some data | **1.2e-7** | 1.0e-7 | – | – | 0.01 | 78× |" in docs  # ours is worse, and 0 / 0 is not
     assert "| forward, in place | 0.0123 | 3457 | 50% | 25% |" in docs
+    assert (
+        "| **ModelNew (fp16x3)** | **float32, 'highest'** | **0.012** | **1470** | **700** | **464** | **3.05** |"
+        in docs
+    )
+    assert "| cuBLAS GEMM alone * | bfloat16 | 0.012 | – | – | – | – |" in docs
     assert "| forward | 12 | 12 | 1.00 |" in docs
     for old, new in zip(before, (readme, docs)):  # outside the markers
         assert old.partition("<!--")[0] == new.partition("<!--")[0]
