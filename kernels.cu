@@ -547,7 +547,8 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 //   NaN. It is made 0: in registers, by who converts W, or with 16 bits by the consumers, in shared memory.
 // Rows behind the last. What TMA fills with zeros, because it is outside, takes longer than what it copies. So where x
 //   is converted and has more than 128 rows it gets copies of its last one, up to whole panels; as 16 bits it is the
-//   caller's, and the last tile of 256 rows begins so early that it ends with x (kOverlaps).
+//   caller's, and the last tile of 256 rows begins so early that it ends with x (kOverlaps), and of fewer rows than a
+//   smaller tile has no more are loaded.
 // Stores. From registers, 32 bytes of a row at a time; of 16 bits, in tiles of 256 rows, through shared memory, by TMA,
 //   unless rows of out or of W are not in multiples of 16 bytes.
 // What short launches wait for. W is fetched as soon as its barriers are set up, before the block's other warps begin,
@@ -605,6 +606,11 @@ struct Tile {
   static constexpr bool kOverlaps = kOperands == Operands::kNative && !kSplitK;
   static constexpr int kPanels = kSharesW ? 2 : 1;
   static constexpr int kPanelM = kRows / kPanels;  // columns of wgmma's B
+  // Rows of x in one of TMA's boxes: a block's slice of a panel. Where x is the caller's and has fewer rows than a
+  // tile, no more: what comes of the rows behind the last, whatever is there, is not stored.
+  static __host__ __device__ constexpr int box_rows_of_x(int m) {
+    return kOperands == Operands::kNative && kSplitK && m < kPanelM ? m : kPanelM / kSharers;
+  }
   // W's stage: boxes whose rows have 128 bytes. [2][kWRows][32] floats, [kWRows / 32][kTileK][32] floats of a
   // transposed W, or [kTileN][64] of 16 bits.
   using WElement = std::conditional_t<kOperands == Operands::kStaged, __half, Element>;  // as it comes by TMA
@@ -1118,13 +1124,12 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     setmaxnreg_dec<T::kProducerRegisters>();
     if (lane == 0 && warp < 2) {
       auto issue_x = [&](int m0, int k_block, Ring<kXStages> ring) {  // this block's slice, for all that share it
-        constexpr int rows = T::kPanelM / T::kSharers;
-        const int slice = T::kSharers == 1 ? 0 : int(rank) * rows;
+        const int slice = T::kSharers == 1 ? 0 : int(rank) * T::box_rows_of_x(args.m);
         const uint16_t sharers = T::kSharers == 1 ? 1 << rank : (1 << T::kSharers) - 1;
         const uint32_t barrier = x_full + 8 * ring.stage;
         const uint32_t to = x_stages + ring.stage * T::kXStageBytes + slice * 128;
         mbarrier_wait(x_empty + 8 * ring.stage, ring.phase ^ 1);
-        mbarrier_arrive_expect_tx(barrier, T::kXStageBytes);
+        mbarrier_arrive_expect_tx(barrier, T::kParts * T::kSharers * T::box_rows_of_x(args.m) * kTileK * 2);
         for (int part = 0; part < T::kParts; ++part)
           cp_async_bulk_tensor_2d(to + part * T::kXPartBytes, part ? &x_lo_map : &x_map, k_block * kTileK, m0 + slice,
                                   barrier, sharers);
@@ -2087,7 +2092,7 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
     if (error == cudaSuccess) error = encode_tensor_map(map, base, rows, k, stride, box_rows, promotion);
   };
   const SplitRows &x = args.x_split, &w = args.w_split;
-  constexpr int x_rows = T::kPanelM / T::kSharers;
+  const int x_rows = T::box_rows_of_x(args.m);
   const Element* entries = static_cast<const Element*>(args.w);
   if constexpr (T::kOperands == Operands::kStaged)
     encode(w_maps.of_row, w.hi, args.n, w.padded_k, w.padded_k, T::kWBoxRows);
