@@ -370,7 +370,7 @@ def select_tile(precision, m, n, k, transposed=False):
             # enough, if both blocks of a cluster have rows and cuBLAS' tiles of 128 x 128 need two waves.
             # What the L2 cache delivers binds the kernel: at 4096 rows it pays to copy W in fp16, at 2048 not yet.
             tile = ("fp16x1_staged" if m > 2048 else kernel), 256, 0
-            is_one_wave = m > 256 and _waves(m, n, *tile) == 1 and math.ceil(m / 128) * math.ceil(n / 128) > 132
+            is_one_wave = m > 256 and _waves(m, n, *tile) == 1 < _waves(m, n, kernel, 128, 1)
             least = 0.485 if is_one_wave else 0.6
             serves = _occupied(m, n, tile[0]) >= least and work >= (2**33 if k >= 2048 else 1.2e10)
     elif not aligned:

@@ -323,15 +323,23 @@ def compare(arguments, section, candidates, check, kernel, yardstick=None, repea
     draw_bar(total - 1, total, f"{section}, {dtype}: timing")
     times = timed(functions, repeats or arguments.repeats)
     draw_bar(total, total, f"{section}, {dtype}")
-    rows = []
     for name, (ms, p10, p90) in times.items():
-        found = {"dtype": dtype, "ms": ms, "p10": p10, "p90": p90, "speedup": times["eager"][0] / ms}
+        found = {"ms": ms, "p10": p10, "p90": p90}
         if yardstick:
             key, other = yardstick
             found[key] = ms / times[other][0] if other in times else None
-        found |= values[name] | {"kernel": kernel if name == "ModelNew" else None}
-        rows.append(row(arguments, section, name, arguments.shape, **found))
+        values[name] = found | values[name]
     print(*failures, sep="\n", end="\n" * bool(failures))
+    return report(arguments, section, values, kernel, dtype)
+
+
+def report(arguments, section, values, kernel, dtype):
+    """The rows of candidates, from {name: what a row says}, which are printed. kernel: that serves ModelNew."""
+    rows = []
+    for name, found in values.items():
+        found |= {"dtype": dtype, "speedup": values["eager"]["ms"] / found["ms"]}
+        found["kernel"] = kernel if name == "ModelNew" else None
+        rows.append(row(arguments, section, name, arguments.shape, **found))
     print_table(rows)
     return rows
 
@@ -375,6 +383,14 @@ def pytorch_layers(eager, x):
     }
 
 
+def bare_gemm(x, weight):
+    """{name: function}: the GEMM alone; for float32 the yardstick."""
+    if x.dtype != torch.float32:
+        return {"cuBLAS GEMM": lambda: torch.mm(x, weight.t())}
+    x_half, weight_half = x.half(), weight.half()
+    return {YARDSTICK: lambda: torch.mm(x_half, weight_half.t(), out_dtype=torch.float32)}
+
+
 def errors_of(name, out, x, weight, bias):
     """What a row says of a candidate's errors."""
     bare = name in BARE_GEMMS
@@ -388,7 +404,7 @@ def time_section(arguments):
     """The layer and its rivals; * marks bare GEMMs, whose error is that of x·Wᵀ alone."""
     eager, new, x = problem(arguments.shape)
     weight, bias = new.gemm.weight, new.gemm.bias
-    x_half, weight_half, product = x.half(), weight.half(), x.new_empty(len(x), len(weight))
+    product = x.new_empty(len(x), len(weight))
     candidates = {
         **pytorch_layers(eager, x),
         **{
@@ -398,7 +414,7 @@ def time_section(arguments):
         **jax_layers(arguments.precision, x, weight, bias),
         "ModelNew": lambda: new(x),
         "cuBLAS SGEMM": lambda: torch.mm(x, weight.t(), out=product),
-        YARDSTICK: lambda: torch.mm(x_half, weight_half.t(), out_dtype=torch.float32),
+        **bare_gemm(x, weight),
     }
 
     def check(name, function):
@@ -429,7 +445,7 @@ def time_16bit(arguments, dtype):
     candidates = {
         **pytorch_layers(eager, x),
         "ModelNew": lambda: new(x),
-        "cuBLAS GEMM": lambda: torch.mm(x, weight.t()),
+        **bare_gemm(x, weight),
     }
 
     def check(name, function):
@@ -672,19 +688,14 @@ def energy_section(arguments):
 
 def energy(arguments, dtype):
     eager, new, x = problem(arguments.shape, getattr(torch, dtype))
-    a, b, options, gemm = x, new.gemm.weight.t(), {}, "cuBLAS GEMM"
-    if dtype == "float32":
-        a, b, options, gemm = a.half(), b.half(), {"out_dtype": torch.float32}, YARDSTICK
-    functions = {"eager": lambda: eager(x), "ModelNew": lambda: new(x), gemm: lambda: torch.mm(a, b, **options)}
-    found = {name: steady(function) for name, function in functions.items()}
-    kernel, of_gemm, rows = select_kernel(x, new.gemm.weight, new.gemm.bias), found[gemm]["millijoules"], []
-    for name, values in found.items():
-        values |= {"energy_ratio": of_gemm and values["millijoules"] / of_gemm, "dtype": dtype}
-        values |= {"speedup": found["eager"]["ms"] / values["ms"], "kernel": kernel if name == "ModelNew" else None}
-        values["error_of"] = "product" if name == gemm else "out"
-        rows.append(row(arguments, "energy", name, arguments.shape, **values))
-    print_table(rows)
-    return rows
+    weight, bias = new.gemm.weight, new.gemm.bias
+    functions = {"eager": lambda: eager(x), "ModelNew": lambda: new(x), **bare_gemm(x, weight)}
+    values = {name: steady(function) for name, function in functions.items()}
+    (of_gemm,) = (found["millijoules"] for name, found in values.items() if name in BARE_GEMMS)
+    for name, found in values.items():
+        found["energy_ratio"] = of_gemm and found["millijoules"] / of_gemm
+        found["error_of"] = "product" if name in BARE_GEMMS else "out"
+    return report(arguments, "energy", values, select_kernel(x, weight, bias), dtype)
 
 
 # ------------------------------------------------------------------------------------------------------- host

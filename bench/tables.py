@@ -61,6 +61,16 @@ def label(row):
     return text if row["precision"] == "highest" else text.replace("SGEMM", "TF32 GEMM")
 
 
+def kind(row):
+    """The dtype, and for float32 the precision."""
+    return f"float32, '{row['precision']}'" if row["dtype"] == "float32" else row["dtype"]
+
+
+def marked(row, cells):
+    """A row's cells; ours bold."""
+    return [f"**{cell}**" for cell in cells] if row["name"] == "ModelNew" else cells
+
+
 def times(rows, full):
     body = []
     for row in rows:
@@ -69,7 +79,7 @@ def times(rows, full):
         cells += [f"{row['ratio_to_fp16']:.2f}"] if full else []
         cells += [error(row["error_frobenius"]), error(row["error_componentwise"])]
         if full or row["name"] != "cuBLAS SGEMM":
-            body.append([f"**{cell}**" for cell in cells] if row["name"] == "ModelNew" else cells)
+            body.append(marked(row, cells))
     header = ["", "ms", *(["p10", "p90"] if full else []), "against eager", *(["/ fp16"] if full else [])]
     header += ["error, Frobenius", "componentwise"]
     note = f"{WHERE.format(**rows[0])}; medians with the L2 cache flushed, timed in turns. Errors against float64: "
@@ -103,7 +113,7 @@ def times_16bit(rows):
     for row in rows:
         cells = [row["dtype"], label(row), f"{row['ms']:.4f}", f"{row['p10']:.4f}", f"{row['p90']:.4f}"]
         cells += [f"{row['speedup']:.2f}×", f"{row['ratio_to_gemm']:.2f}", error(row["error_frobenius"])]
-        body.append([f"**{cell}**" for cell in cells] if row["name"] == "ModelNew" else cells)
+        body.append(marked(row, cells))
     header = ["", "", "ms", "p10", "p90", "against eager", "/ GEMM", "error, Frobenius"]
     note = "{gpu}, torch {torch}, M, K, N = {shape}; medians with the L2 cache flushed, timed in turns. Errors against"
     note += " float64 on the rounded inputs. * A bare GEMM of the same dtype, without bias: its product's error."
@@ -118,18 +128,14 @@ def epilogue(rows):
 
 def energy(rows):
     body = []
-    formats = {"ms": "{:.3f}", "sm_clock_mhz": "{:.0f}", "power_w": "{:.0f}", "millijoules": "{:.0f}"}
-    formats["energy_ratio"] = "{:.2f}"
+    formats = {"ms": 3, "sm_clock_mhz": 0, "power_w": 0, "millijoules": 0, "energy_ratio": 2}  # decimals
     for row in rows:
-        kind = f"float32, '{row['precision']}'" if row["dtype"] == "float32" else row["dtype"]
-        cells = [label(row), kind]
-        cells += ["–" if row[key] is None else text.format(row[key]) for key, text in formats.items()]
-        body.append([f"**{cell}**" for cell in cells] if row["name"] == "ModelNew" else cells)
+        cells = [label(row), kind(row)]
+        cells += ["–" if row[key] is None else f"{row[key]:.{decimals}f}" for key, decimals in formats.items()]
+        body.append(marked(row, cells))
     header = ["", "", "ms", "SM clock, MHz", "power, W", "mJ a call", "/ GEMM"]
-    note = (
-        "{gpu}, torch {torch}, M, K, N = {shape}; calls back to back, the cache not flushed; medians of what nvidia-smi"
-    )
-    note += " says of clock and power. * A bare GEMM, whose energy is that of the last column."
+    note = "{gpu}, torch {torch}, M, K, N = {shape}; calls back to back, the cache not flushed; medians of what"
+    note += " nvidia-smi says of clock and power. * A bare GEMM, whose energy is that of the last column."
     return f"{table(header, body)}\n\n{note.format(**rows[0])}"
 
 
@@ -145,8 +151,7 @@ def grid_panels(rows):
     panels = {}
     for row in rows:
         if row["name"] == "ModelNew":
-            name = f"float32, '{row['precision']}'" if row["dtype"] == "float32" else row["dtype"]
-            panels.setdefault(name, {})[tuple(row["shape"])] = row
+            panels.setdefault(kind(row), {})[tuple(row["shape"])] = row
     return {
         name: (sorted({m for m, _, _ in found}), list(dict.fromkeys((k, n) for _, k, n in found)), found)
         for name, found in panels.items()
