@@ -540,11 +540,6 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 // Order of k. A product may sum k in any order if both operands agree. A consumer loads W in 16 bytes, four consecutive
 //   k, where the fragment wants k = 2q, 2q+1, 2q+8, 2q+9 (q = lane % 4); so split_rows_kernel stores each group of 16 k
 //   in the order 0 1 4 5 8 9 12 13 2 3 6 7 10 11 14 15 for it. Converters keep the order that k has.
-// Rows of W that begin anywhere (kUnalignedW). TMA reads from multiples of 16 bytes only. So a row is read up to 7
-//   numbers early, and x is stored with as many zeros in front of its rows: once for every such shift, by
-//   split_rows_kernel, or with 16 bits by copy_rows_kernel. All rows of a tile are multiplied by the same copy of x,
-//   so it has every 2nd, 4th or 8th row of W, and column of out. What was read early belongs to another row and may be
-//   NaN. It is made 0: in registers, by who converts W, or with 16 bits by the consumers, in shared memory.
 // Rows behind the last. What TMA fills with zeros, because it is outside, takes longer than what it copies. So where x
 //   is converted and has more than 128 rows it gets copies of its last one, up to whole panels; as 16 bits it is the
 //   caller's, and the last tile of 256 rows begins so early that it ends with x (kOverlaps), and of fewer rows than a
@@ -578,16 +573,13 @@ constexpr int most_groups_sent(int groups) {  // to a block
 }
 
 // What a block computes, and how. Element: of x, W, bias and out.
-template <Operands kOperands_, typename Element_, int kRows_, bool kSplitK_, bool kTransposedW_ = false,
-          bool kUnalignedW_ = false>
-struct Tile {
+template <Operands kOperands_, typename Element_, int kRows_, bool kSplitK_, bool kTransposedW_ = false> struct Tile {
   using Element = Element_;
   static constexpr Operands kOperands = kOperands_;
   static constexpr int kRows = kRows_;
   static constexpr bool kSplitK = kSplitK_;            // a cluster's blocks share a tile, or else W or x
   static constexpr bool kTransposedW = kTransposedW_;  // W comes as [k, n], or else as [n, k]
   static_assert(!kTransposedW || kOperands == Operands::kSplit);
-  static constexpr bool kUnalignedW = kUnalignedW_;  // W's rows begin anywhere
   static constexpr bool kIsFloat = std::is_same_v<Element, float>;
   static constexpr int kParts = kOperands == Operands::kSplit ? 2 : 1;  // hi, lo
   static constexpr bool kConvertsW = kOperands == Operands::kSplit || kOperands == Operands::kRounded;
@@ -597,10 +589,8 @@ struct Tile {
   // Whether the tensor core only adds up 64 k, or else all.
   static constexpr bool kPromotes = kOperands == Operands::kSplit || kFromRegisters;
   static constexpr bool kKeepsOrder = kTransposedW || kSharesW;  // of k, in x as it is stored
-  static_assert(!kUnalignedW || (kOperands != Operands::kStaged && !kTransposedW));
-  static constexpr int kUnit = 16 / int(sizeof(Element));       // elements: TMA's rows begin at multiples
-  static constexpr int kClusterBlocks = kSplitK ? 1 : 2;        // where they do not share a tile
-  static constexpr int kSharers = kSplitK || kSharesW ? 1 : 2;  // blocks that load an x stage together
+  static constexpr int kClusterBlocks = kSplitK ? 1 : 2;         // where they do not share a tile
+  static constexpr int kSharers = kSplitK || kSharesW ? 1 : 2;   // blocks that load an x stage together
   // Whether the last of several tiles begins so early that all its rows are in x: what TMA fills with zeros, because it
   // is outside, takes longer than what it copies. Rows in two tiles are stored twice, with the same bits.
   static constexpr bool kOverlaps = kOperands == Operands::kNative && !kSplitK;
@@ -631,7 +621,7 @@ struct Tile {
   static constexpr int kSumBytes = kSentGroupBytes + (kMaxSplits - 1) * kSentInverseBytes;
   // Whether out and z can leave by TMA, as boxes of kBoxRows rows by a consumer's 64 columns, each consumer's two in
   // turns.
-  static constexpr bool kStoresBoxes = kOperands == Operands::kNative && !kSplitK && !kUnalignedW;
+  static constexpr bool kStoresBoxes = kOperands == Operands::kNative && !kSplitK;
   static constexpr int kBoxRows = 64, kBoxBytes = kBoxRows * 64 * 2;
   static constexpr int kBoxesBytes = kStoresBoxes ? 2 * kConsumerWarpgroups * kBoxBytes : 0;
   // Where blocks share W, another ring has it converted: kParts times half [kTileN][kTileK], and the inverses of the
@@ -697,55 +687,37 @@ struct RowScale {
   __device__ __forceinline__ float inverse() const { return __uint_as_float(__float_as_uint(marked) & 0x7f800000); }
 };
 
-// How far behind a multiple of 16 bytes W's rows begin, in elements: their shifts, which repeat every `interleave`
-// rows, a power of 2.
-struct WRows {
-  int interleave, offset, step, mask;  // row 0's shift, the next one's more, and modulo mask + 1
-
-  WRows(const void* w, int64_t stride, int element_bytes)
-      : interleave(1), offset(int(reinterpret_cast<uintptr_t>(w) % 16) / element_bytes), mask(16 / element_bytes - 1) {
-    step = int(stride & mask);
-    while (interleave * step & mask) interleave *= 2;
-  }
-  __host__ __device__ int shift_of(int row) const { return (offset + row * step) & mask; }
-  // Every shift is 0.
-  bool are_aligned() const { return interleave == 1 && offset == 0; }
-};
-
-// What split_rows_kernel makes of a matrix [m, k], and where copy_rows_kernel puts its copies of x, in hi, of 16-bit
-// elements of either type. One allocation, whose parts are 128-byte aligned.
+// What split_rows_kernel makes of a matrix [m, k]. One allocation, whose parts are 128-byte aligned.
 struct SplitRows {
-  int padded_k;     // k and the zeros in front of it, up to whole blocks
+  int padded_k;     // k up to whole blocks
   int rows;         // m and some more, see rows_of
-  __half *hi, *lo;  // [copies, rows, padded_k], k in its order or in the one described above; lo is hi where there is
-                    // one part
+  __half *hi, *lo;  // [rows, padded_k], k in its order or in the one described above; lo is hi where there is one part
   float* inverse_scale;  // [m up to a multiple of kPaddedRows]; see RowScale
   Outliers* outliers;    // [m], where inverse_scale is negative
 
-  // copies: one for each shift of W's rows; zeros: the most that there are in front of a row.
-  SplitRows(void* scratch, int64_t m, int64_t k, int parts, int copies = 1, int zeros = 0)
-      : padded_k(int((k + zeros + kTileK - 1) / kTileK * kTileK)),
+  SplitRows(void* scratch, int64_t m, int64_t k, int parts)
+      : padded_k(int((k + kTileK - 1) / kTileK * kTileK)),
         rows(int(rows_of(m))),
         hi(static_cast<__half*>(scratch)),
-        lo(hi + (parts - 1) * part_size(copies)),
-        inverse_scale(reinterpret_cast<float*>(lo + part_size(copies))),
+        lo(hi + (parts - 1) * part_size()),
+        inverse_scale(reinterpret_cast<float*>(lo + part_size())),
         outliers(reinterpret_cast<Outliers*>(inverse_scale + padded_m(m))) {}
-  int64_t part_size(int copies) const { return int64_t(copies) * rows * padded_k; }
+  int64_t part_size() const { return int64_t(rows) * padded_k; }
   // Where there are more than 128, whole panels of 128, for the reason that kOverlaps has. The rows behind the last, as
   // far as tiles read them, are copies of it: sums of 0 would look as if they had lost their bits.
   static int64_t rows_of(int64_t m) { return m <= 128 ? m : (m + 127) / 128 * 128; }
   static int64_t padded_m(int64_t m) { return (m + kPaddedRows - 1) / kPaddedRows * kPaddedRows; }
-  static int64_t bytes(int64_t m, int64_t k, int parts, int copies = 1, int zeros = 0) {
-    const SplitRows split(nullptr, m, k, parts, copies, zeros);
+  static int64_t bytes(int64_t m, int64_t k, int parts) {
+    const SplitRows split(nullptr, m, k, parts);
     return (reinterpret_cast<uintptr_t>(split.outliers + m) + 127) / 128 * 128;
   }
 };
 
-// Four numbers of a row of k, zeros in front and behind. is_aligned: the row begins at a multiple of 16 bytes, and k
+// Four numbers of a row of k, zeros behind. is_aligned: the row begins at a multiple of 16 bytes, and k
 // and `at` are multiples of 4.
 __device__ __forceinline__ float4 load_four(const float* row, int at, int k, bool is_aligned) {
   if (is_aligned) return at < k ? *reinterpret_cast<const float4*>(row + at) : float4{0, 0, 0, 0};
-  auto load = [&](int at_) { return unsigned(at_) < unsigned(k) ? row[at_] : 0; };
+  auto load = [&](int at_) { return at_ < k ? row[at_] : 0; };
   return {load(at), load(at + 1), load(at + 2), load(at + 3)};
 }
 
@@ -753,20 +725,17 @@ __device__ __forceinline__ float4 load_four(const float* row, int at, int k, boo
 // copies of the last as far as `split` has them, and inverse_scale 0. kBlockThreads: more where few rows make the next
 // kernel wait, which begins on an SM when its blocks are done. kParts: 2 for hi and lo, 1 for hi. kHasOutliers: whether
 // they are set apart, as rows of x allow. keeps_order: k keeps its order, or else has that of wgmma's fragments.
-// blockIdx: row, copy for a shift of W's rows; of what the copies have in common, the scale and the outliers, the first
-// writes.
 template <int kBlockThreads, int kParts, bool kHasOutliers>
 __global__ void __launch_bounds__(kBlockThreads)
-    split_rows_kernel(const float* __restrict__ x, int64_t x_stride, const SplitRows split, const WRows w_rows, int m,
-                      int k, bool is_aligned, bool keeps_order) {
+    split_rows_kernel(const float* __restrict__ x, int64_t x_stride, const SplitRows split, int m, int k,
+                      bool is_aligned, bool keeps_order) {
 #ifdef HAS_SM90A
   griddepcontrol_launch_dependents();
   const bool is_missing = blockIdx.x >= m;
   if (is_missing && threadIdx.x == 0) split.inverse_scale[blockIdx.x] = 0;
   if (blockIdx.x >= split.rows) return;
   const float* row = x + min(int(blockIdx.x), m - 1) * x_stride;
-  const int shift = w_rows.shift_of(blockIdx.y);  // zeros in front
-  auto load4 = [&](int at) { return load_four(row, at - shift, k, is_aligned); };
+  auto load4 = [&](int at) { return load_four(row, at, k, is_aligned); };
   constexpr int kStride = kBlockThreads * 4;
   constexpr int kHeld = 2048 / kBlockThreads;  // float4 a thread keeps between its sweeps: all of them up to K = 8192
   float4 held[kHeld];
@@ -776,7 +745,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     auto four = [&](float4 v) { body(v.x), body(v.y), body(v.z), body(v.w); };
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) four(held[i]);
-    for (int at = threadIdx.x * 4 + kHeld * kStride; at < k + shift; at += kStride) four(load4(at));
+    for (int at = threadIdx.x * 4 + kHeld * kStride; at < k; at += kStride) four(load4(at));
   };
   // Over the block; of bits of non-negative floats, which are ordered like the floats.
   __shared__ uint32_t of_warp[2][kBlockThreads / 32];
@@ -815,9 +784,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     if (threadIdx.x == 0) outlier_count = 0;
   }
   uint32_t* inverse_scale = reinterpret_cast<uint32_t*>(split.inverse_scale + blockIdx.x);
-  // What is known of a row, which its copies have in common, the first writes.
-  const bool is_first = blockIdx.y == 0 && !is_missing;
-  if (threadIdx.x == 0 && is_first)
+  if (threadIdx.x == 0 && !is_missing)
     *inverse_scale = __float_as_uint(has_outliers ? -inverse_of(scale) : inverse_of(scale)) |
                      (only_outliers ? RowScale::kOnlyOutliers : 0);
   __syncthreads();
@@ -833,14 +800,14 @@ __global__ void __launch_bounds__(kBlockThreads)
       for (int e = 0; e < 4; ++e) {
         if (!(fabsf(entries[e]) > limit)) continue;
         const int slot = atomicAdd(&outlier_count, 1);
-        found.k[slot] = at + e - shift;
+        found.k[slot] = at + e;
         found.value[slot] = entries[e];
         entries[e] = 0;
       }
     }
     const int q = at / 4 % 4;
-    const int64_t to = (int64_t(blockIdx.y) * split.rows + blockIdx.x) * split.padded_k +
-                       (keeps_order ? at : at / 16 * 16 + (odd ? 8 : 0) + q / 2 * 4);
+    const int64_t to =
+        int64_t(blockIdx.x) * split.padded_k + (keeps_order ? at : at / 16 * 16 + (odd ? 8 : 0) + q / 2 * 4);
     auto store_part = [&](__half* part, uint32_t first, uint32_t second) {
       const uint32_t other = __shfl_xor_sync(~0u, odd ? first : second, 1);
       if (!keeps_order) (odd ? first : second) = other;
@@ -862,9 +829,9 @@ __global__ void __launch_bounds__(kBlockThreads)
   if (kHasOutliers && (__low2float(smallest) == 0 || __high2float(smallest) == 0)) {
     bool has_vanished = false;  // or were the numbers themselves 0?
     for_each([&](float v) { has_vanished |= v != 0 && fabsf(v * scale) <= 0x1p-25f; });
-    if (has_vanished && is_first) atomicOr(inverse_scale, RowScale::kVanished);
+    if (has_vanished && !is_missing) atomicOr(inverse_scale, RowScale::kVanished);
   }
-  if (!has_outliers || !is_first) return;
+  if (!has_outliers || is_missing) return;
   __syncthreads();
   if (threadIdx.x == 0) {
     // In ascending order of k, whatever the order in which they were found: the result must not depend on it.
@@ -889,16 +856,12 @@ template <typename T> struct TileScheduler {
   static constexpr int kClusterM = T::kRows * (T::kSharesW ? 2 : 1), kClusterN = kTileN * T::kSharers;
   static constexpr int kGroupM = 1024 / kClusterM;
   int clusters_m, clusters_n;
-  int last_m;      // the last tile's first row, where it overlaps the one before
-  int interleave;  // rows of W from one of a tile's to the next
+  int last_m;  // the last tile's first row, where it overlaps the one before
 
-  __host__ __device__ TileScheduler(int m, int n, const WRows& w_rows)
+  __host__ __device__ TileScheduler(int m, int n)
       : clusters_m((m + kClusterM - 1) / kClusterM),
-        last_m(m > kClusterM ? m - kClusterM : 0),
-        interleave(T::kUnalignedW ? w_rows.interleave : 1) {
-    const int step = kClusterN * interleave, whole = n / step * interleave;
-    clusters_n = whole + (n % step < interleave ? n % step : interleave);
-  }
+        clusters_n((n + kClusterN - 1) / kClusterN),
+        last_m(m > kClusterM ? m - kClusterM : 0) {}
   __host__ __device__ int clusters() const { return clusters_m * clusters_n; }
 
 #ifdef HAS_SM90A
@@ -909,8 +872,7 @@ template <typename T> struct TileScheduler {
     const int cluster_m = first_m + cluster % per_group % size_m, cluster_n = cluster % per_group / size_m;
     const int m0 = cluster_m * kClusterM;
     body((T::kOverlaps ? min(m0, last_m) : m0) + (T::kSharesW ? int(rank) * T::kRows : 0),
-         cluster_n / interleave * (kClusterN * interleave) + cluster_n % interleave +
-             (T::kSharers > 1 ? int(rank) * kTileN * interleave : 0));
+         cluster_n * kClusterN + (T::kSharers > 1 ? int(rank) * kTileN : 0));
   }
   // The tiles of this block, which is number `rank` of `blocks`, one after the other: a single one where they share it.
   template <typename Body>
@@ -931,13 +893,12 @@ struct Arguments {
   const void* bias;            // [n]
   void* out;                   // [m, n]
   void* z;                     // [m, n], or null where it is not wanted
-  SplitRows x_split, w_split;  // of x, where it is float32 or W unaligned; of W with kStaged
+  SplitRows x_split, w_split;  // of x, where it is float32; of W with kStaged
   int64_t x_stride, w_stride;
   int m, n, k;
   float scale;           // s
   bool is_aligned;       // rows of x and W begin at multiples of 16 bytes, and k is one of 4
   bool can_store_boxes;  // rows of out and z do
-  WRows w_rows;          // with kUnalignedW; else one without shifts
 };
 
 // Of out and z, where they are stored as boxes. z: zeros where it is not wanted.
@@ -945,10 +906,6 @@ template <bool kStoresBoxes> struct StoreMaps {
   CUtensorMap out, z;
 };
 template <> struct StoreMaps<false> {};
-
-template <typename T> struct WMaps {
-  CUtensorMap of_row[T::kUnalignedW ? T::kUnit : 1];  // of this row and every interleave'th after it
-};
 
 #ifdef HAS_SM90A
 
@@ -1024,7 +981,7 @@ constexpr uint64_t kDescriptorUpper = uint64_t(1024 >> 4 | 1 << 30) << 32;
 
 template <typename T>
 __global__ void __launch_bounds__(T::kThreads, 1)
-    linear_kernel(const __grid_constant__ WMaps<T> w_maps, const __grid_constant__ CUtensorMap x_map,
+    linear_kernel(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_map,
                   const __grid_constant__ CUtensorMap x_lo_map,
                   const __grid_constant__ StoreMaps<T::kStoresBoxes> store_maps,
                   const __grid_constant__ Arguments args) {
@@ -1054,24 +1011,19 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   const int last_group = min(first_group + groups_per_block, T::kGroups);
 
   // This block's part of k, in blocks of 64.
-  const int all_blocks = (args.k + (T::kUnalignedW ? args.w_rows.mask : 0) + kTileK - 1) / kTileK;
+  const int all_blocks = (args.k + kTileK - 1) / kTileK;
   const int k_begin = T::kSplitK ? int(int64_t(all_blocks) * rank / blocks) : 0;
   const int k_end = T::kSplitK ? int(int64_t(all_blocks) * (rank + 1) / blocks) : all_blocks;
 
   const int k_loaded = min(k_end, k_begin + kWStages);  // up to here W is fetched before all else begins
-  const TileScheduler<T> scheduler(args.m, args.n, args.w_rows);
-  const int n_step = scheduler.interleave;                                        // between a tile's columns of out
-  auto copy_of = [&](int n0) { return T::kUnalignedW ? n0 & (n_step - 1) : 0; };  // of x, for its shift
-  auto shift_of = [&](int n0) { return T::kUnalignedW ? args.w_rows.shift_of(copy_of(n0)) : 0; };
+  const TileScheduler<T> scheduler(args.m, args.n);
   auto fetch_w = [&](int n0, int k_block, Ring<kWStages>& ring) {
     const uint32_t barrier = w_full + 8 * ring.stage, to = w_stages + ring.stage * T::kWStageBytes;
     mbarrier_arrive_expect_tx(barrier, T::kWStageBytes);
     const int k0 = k_block * kTileK;
-    const CUtensorMap* map = w_maps.of_row + copy_of(n0);
-    if (T::kUnalignedW) n0 /= n_step;              // a row of the map
     if (T::kSharesW) n0 += int(rank) * T::kWRows;  // this block's half
     for (int box = 0; box < T::kWBoxes; ++box)
-      cp_async_bulk_tensor_2d(to + box * T::kWBoxRows * 128, map, T::kTransposedW ? n0 + box * 32 : k0 + box * 32,
+      cp_async_bulk_tensor_2d(to + box * T::kWBoxRows * 128, &w_map, T::kTransposedW ? n0 + box * 32 : k0 + box * 32,
                               T::kTransposedW ? k0 : n0, barrier, 1 << rank);
     ring.advance();
   };
@@ -1153,13 +1105,12 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         Ring<kXStages> ring;
         // Another kernel may still be at a copy of x; W is the caller's, or a copy made before that one began.
         griddepcontrol_wait();
-        scheduler.for_each_tile(rank, blocks, [&](int m0, int n0) {
-          const int copy = copy_of(n0) * args.x_split.rows;
+        scheduler.for_each_tile(rank, blocks, [&](int m0, int) {
 #pragma unroll 1
           for (int k_block = k_begin; k_block < k_end; ++k_block)
 #pragma unroll 1
             for (int panel = 0; panel < panels_of(m0); ++panel, ring.advance())
-              issue_x(copy + m0 + panel * T::kPanelM, k_block, ring);
+              issue_x(m0 + panel * T::kPanelM, k_block, ring);
         });
       }
     }
@@ -1173,8 +1124,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       const int first_row = (warp - 4) * kWarpRows, row = first_row + lane / 2, swizzle = row % 8, half = lane % 2;
       Ring<kWStages> w_ring;
       Ring<kConvertedStages> ring;
-      scheduler.for_each_tile(rank, blocks, [&](int, int n0) {
-        int early = half == 0 ? shift_of(n0) : 0;  // numbers of another row
+      scheduler.for_each_tile(rank, blocks, [&](int, int) {
         float scale = scale_of(0);
 #pragma unroll 1
         for (int k_block = k_begin; k_block < k_end; ++k_block, w_ring.advance(), ring.advance()) {
@@ -1194,11 +1144,6 @@ __global__ void __launch_bounds__(T::kThreads, 1)
             for (int i = 0; i < kHalf / 4; ++i) {
               const float4 four = ld_shared_v4(from ^ i * 16);
               v[4 * i] = four.x, v[4 * i + 1] = four.y, v[4 * i + 2] = four.z, v[4 * i + 3] = four.w;
-            }
-            if (T::kUnalignedW) {
-#pragma unroll
-              for (int k = 0; k < T::kUnit - 1; ++k) v[k] = k < early ? 0 : v[k];
-              early = 0;
             }
           }
           float largest = 0;
@@ -1423,16 +1368,11 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       add_partial(total, inverse);
       note_inverse(inverse);
     };
-    [[maybe_unused]] auto multiply_converting = [&](int shift) {
+    [[maybe_unused]] auto multiply_converting = [&] {
       clear_total();
       wait_for_w();
 #pragma unroll
       for (int step = 0; step < 4; ++step) load_w(step);
-      if (T::kUnalignedW && k_begin == 0 && q == 0) {  // what was read early
-#pragma unroll
-        for (int k = 0; k < T::kUnit - 1; ++k)
-          if (k < shift) w.step[0][k] = w.step[0][4 + k] = 0;
-      }
       find_scales();
       split_step<T::kParts>(fragments[0], w, 0);
 #pragma unroll 1
@@ -1445,7 +1385,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 #pragma unroll
       for (int i = 0; i < T::kRows / 2; ++i) total[i] *= i / 2 % 2 ? row_r8 : row_r;
     };
-    [[maybe_unused]] auto multiply_whole = [&](int panels, int shift) {
+    [[maybe_unused]] auto multiply_whole = [&](int panels) {
       WRing w_done = w_ring;
       Ring<kXStages> x_done = x_ring;
       float inverse[2] = {1, 1};
@@ -1456,15 +1396,6 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 #pragma unroll 1
       for (int k_block = k_begin; k_block < k_end; ++k_block) {
         wait_for_w();
-        if (T::kUnalignedW && !T::kSharesW && k_block == 0 && shift > 0) {  // what was read early
-          const int row = threadIdx.x % 128;
-          if (row < 64)
-            for (int k = 0; k < shift; ++k)
-              st_shared_b16(stages + w_ring.stage * kStageBytes + (consumer * 64 + row) * 128 + row % 8 * 16 + k * 2,
-                            0);
-          fence_proxy_async_shared();
-          bar_sync(4 + consumer, 128);
-        }
         if constexpr (T::kSharesW) {  // a larger entry of W may have made a scale smaller
           float now[2];
           load_inverses(now);
@@ -1509,17 +1440,17 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     scheduler.for_each_tile(rank, blocks, [&](int m0, int n0) {
       largest_inverse[0] = largest_inverse[1] = 0;
       if constexpr (!T::kPromotes)
-        multiply_whole(panels_of(m0), shift_of(n0));
+        multiply_whole(panels_of(m0));
       else if constexpr (T::kSharesW)
         multiply_converted(panels_of(m0));
       else
-        multiply_converting(shift_of(n0));
+        multiply_converting();
 
       // Epilogue. The thread's columns of out are n_of(r, 0) and n_of(r, 1). Measured: what is rarely executed should
       // be short or far away, since instructions are read from memory, too. So that z is stored by the same code as
       // out, in a pass of its own with scale 0.
       constexpr int kRowsAtOnce = T::kRows < 128 ? T::kRows : 128;  // of float32 epilogues
-      auto n_of = [&](int r_, int half) { return n0 + (row_of(r_) + half * T::kColumnStep) * n_step; };
+      auto n_of = [&](int r_, int half) { return n0 + row_of(r_) + half * T::kColumnStep; };
       if constexpr (T::kOperands == Operands::kStaged) {
         const float inverse[2] = {args.w_split.inverse_scale[n_of(r, 0)], args.w_split.inverse_scale[n_of(r, 1)]};
         scale_total(inverse[0], inverse[1]);
@@ -1607,22 +1538,9 @@ __global__ void __launch_bounds__(T::kThreads, 1)
             check = fmaf(product, 0.0f, check);
             const float value = sigmoid_residual(product + bias[e / 2], scale);
             if (m + group * 8 + e % 2 < args.m && n_of(r, e / 2) < args.n)
-              (e % 2 ? to + args.n : to)[e / 2 * T::kColumnStep * n_step] = value;
+              (e % 2 ? to + args.n : to)[e / 2 * T::kColumnStep] = value;
           }
         }
-      };
-      // 16 bits, the same: one by one, where a thread's neighbour has no neighbouring column.
-      [[maybe_unused]] auto store_single = [&](Element* to, float scale, int m, const float* values, auto groups) {
-        if (m >= args.m) return;
-        to += int64_t(m) * args.n + n_of(r, 0);
-#pragma unroll
-        for (int group = 0; group < decltype(groups)::value; ++group, to += 8 * int64_t(args.n))
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const float value = sigmoid_residual<true>(values[4 * group + e] + bias[e / 2], scale);
-            if (m + group * 8 + e % 2 < args.m && n_of(r, e / 2) < args.n)
-              (e % 2 ? to + args.n : to)[e / 2 * 8 * n_step] = from_compute<Element>(value);
-          }
       };
       // Neighbours along n exchange, so that each has two columns of one row: 4 bytes.
       const bool odd = r % 2;
@@ -1716,10 +1634,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 #pragma unroll
             for (int group = 0; group < kGroups; group += kBatch) {
               const auto batch = std::integral_constant<int, kBatch>();
-              if constexpr (T::kUnalignedW)
-                store_single(to, scale, m + group * 8, values + 4 * group, batch);
-              else
-                store_pairs(to, scale, m + group * 8, values + 4 * group, batch);
+              store_pairs(to, scale, m + group * 8, values + 4 * group, batch);
             }
           }
           if (!is_z) break;
@@ -1830,7 +1745,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     // finite for another reason (bias, s) comes out as it was. Of a tile, what this block has of the warp's 16 columns.
     auto recompute = [&](int m0, int n0) {
       if constexpr (T::kIsFloat) {
-        const bool is_aligned = (T::kConvertsW && !T::kTransposedW && !T::kUnalignedW) || args.is_aligned;
+        const bool is_aligned = (T::kConvertsW && !T::kTransposedW) || args.is_aligned;
         // Rows outside are not used, but must be read from somewhere.
         auto x_row = [&](int m) { return all_x + min(m, args.m - 1) * args.x_stride; };
         auto w_row = [&](int n) { return w_at(min(n, args.n - 1), 0); };
@@ -1849,7 +1764,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
           if (z != nullptr) z[at] = value;
           out[at] = sigmoid_residual(value, args.scale);
         };
-        const int n_first = n0 + (warp - kFirstConsumer) * 16 * n_step;
+        const int n_first = n0 + (warp - kFirstConsumer) * 16;
         const int last = T::kSplitK ? last_group : T::kGroups;
 #pragma unroll 1
         for (int group = T::kSplitK ? first_group : 0; group < last; group += 2) {  // patches of 16 rows
@@ -1859,16 +1774,16 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
             const int row = 2 * i + lane / 16;
-            if (row < rows && is_lost(m_patch + row, n_first + lane % 16 * n_step)) lost |= 1 << i;
+            if (row < rows && is_lost(m_patch + row, n_first + lane % 16)) lost |= 1 << i;
           }
           const unsigned count = __reduce_add_sync(~0u, __popc(lost));
           if (count > 32) {
             // Many: the warp multiplies all of them, each thread 8 columns by 4 rows of a quarter of every 16 k, so
             // that an operand loaded serves several. Blocks of k are added up apart: smaller rounding errors.
-            const int quarter = lane % 4, n = n_first + lane / 4 % 2 * 8 * n_step, m = m_patch + lane / 8 * 4;
+            const int quarter = lane % 4, n = n_first + lane / 4 % 2 * 8, m = m_patch + lane / 8 * 4;
             int64_t x_rows[4], w_rows[8];  // offsets
 #pragma unroll
-            for (int j = 0; j < 8; ++j) w_rows[j] = w_row(n + j * n_step) - all_w;
+            for (int j = 0; j < 8; ++j) w_rows[j] = w_row(n + j) - all_w;
 #pragma unroll
             for (int i = 0; i < 4; ++i) x_rows[i] = x_row(m + i) - all_x;
             // Or the compiler computes them anew for each load.
@@ -1902,14 +1817,13 @@ __global__ void __launch_bounds__(T::kThreads, 1)
                 all += __shfl_xor_sync(~0u, all, 2);
                 if (i == quarter) mine = all;
               }
-              if (lane / 8 * 4 + quarter < rows && is_lost(m + quarter, n + j * n_step))
-                store(m + quarter, n + j * n_step, mine);
+              if (lane / 8 * 4 + quarter < rows && is_lost(m + quarter, n + j)) store(m + quarter, n + j, mine);
             }
           } else if (count > 0) {  // few: one after the other
             for (unsigned lanes; (lanes = __ballot_sync(~0u, lost != 0)) != 0;) {
               const int owner = __ffs(lanes) - 1;
               const int m = m_patch + 2 * __shfl_sync(~0u, __ffs(lost) - 1, owner) + owner / 16;
-              const int n = n_first + owner % 16 * n_step;
+              const int n = n_first + owner % 16;
               float sum = 0;
 #pragma unroll 4
               for (int k = lane * 4; k < args.k; k += 128) sum = add_dot(w_four(w_row(n), k), x_four(x_row(m), k), sum);
@@ -1970,44 +1884,38 @@ static cudaError_t encode_tensor_map(CUtensorMap* map, T* base, int64_t rows, in
 
 // tile: the rows of a tile, or a multiple.
 template <int kBlockThreads, int kParts, bool kHasOutliers>
-static cudaError_t launch_split_rows(const void* from, int64_t stride, const SplitRows& to, const WRows& w_rows,
-                                     int rows, int tile, int k, bool is_aligned, bool keeps_order,
-                                     cudaStream_t stream) {
-  const dim3 grid((unsigned(rows) + tile - 1) / tile * tile, unsigned(w_rows.interleave));
+static cudaError_t launch_split_rows(const void* from, int64_t stride, const SplitRows& to, int rows, int tile, int k,
+                                     bool is_aligned, bool keeps_order, cudaStream_t stream) {
+  const unsigned grid = (unsigned(rows) + tile - 1) / tile * tile;
   split_rows_kernel<kBlockThreads, kParts, kHasOutliers><<<grid, kBlockThreads, 0, stream>>>(
-      static_cast<const float*>(from), stride, to, w_rows, rows, k, is_aligned, keeps_order);
+      static_cast<const float*>(from), stride, to, rows, k, is_aligned, keeps_order);
   return cudaGetLastError();
 }
 
 constexpr int kCopyThreads = 256, kCopyUnroll = 8;
 
-// to [copies, rows, to_words] = from [m, k], each copy with a shift's zeros in front of its rows, and with zeros
-// behind; rows behind the last are copies of it. Elements of kElementBytes, 2 or 4, a row stride of from_stride
-// elements. Everything moves in words of 4 bytes, which rows of 2-byte elements may begin in the middle of: a word is
-// read if any of it is the row's. blockIdx: row, part of the row, copy.
+// to [rows, to_words] = from [rows, k], with zeros behind each row. Elements of kElementBytes, 2 or 4, a row stride of
+// from_stride elements. Everything moves in words of 4 bytes, which rows of 2-byte elements may begin in the middle of:
+// a word is read if any of it is the row's. blockIdx: row, part of the row.
 template <int kElementBytes>
 __global__ void __launch_bounds__(kCopyThreads)
-    copy_rows_kernel(const char* __restrict__ from, int64_t from_stride, uint32_t* __restrict__ to, int m, unsigned k,
-                     unsigned to_words, const WRows w_rows) {
-#ifdef HAS_SM90A
-  griddepcontrol_launch_dependents();
-#endif
+    pad_rows_kernel(const char* __restrict__ from, int64_t from_stride, uint32_t* __restrict__ to, unsigned k,
+                    unsigned to_words) {
   constexpr unsigned kPerWord = 4 / kElementBytes, kPart = kCopyThreads * kCopyUnroll;
-  const int zeros = w_rows.shift_of(blockIdx.z);
-  const char* row = from + (min(int(blockIdx.x), m - 1) * from_stride - zeros) * kElementBytes;  // of its zeros
+  const char* row = from + blockIdx.x * from_stride * kElementBytes;
   const int shift = kPerWord == 2 && (reinterpret_cast<uintptr_t>(row) & 2) ? 16 : 0;
   const uint32_t* words = reinterpret_cast<const uint32_t*>(row - shift / 8);
-  to += (int64_t(blockIdx.z) * gridDim.x + blockIdx.x) * to_words;
+  to += int64_t(blockIdx.x) * to_words;
   for (unsigned first = blockIdx.y * kPart + threadIdx.x; first < to_words; first += gridDim.y * kPart) {
     uint32_t value[kCopyUnroll];
 #pragma unroll
     for (int u = 0; u < kCopyUnroll; ++u) {
-      const unsigned at = first + u * kCopyThreads, element = at * kPerWord - zeros;  // the word's first
+      const unsigned at = first + u * kCopyThreads, element = at * kPerWord;  // the word's first
       const bool has_first = element < k, has_second = kPerWord == 2 && element + 1 < k;
-      const uint32_t low = has_first || (shift == 0 && has_second) ? words[at] : 0;
+      const uint32_t low = has_first ? words[at] : 0;
       const uint32_t high = shift != 0 && has_second ? words[at + 1] : 0;
       value[u] = __funnelshift_r(low, high, shift);
-      if (kPerWord == 2 && has_first != has_second) value[u] &= has_first ? 0xffff : 0xffff0000;
+      if (kPerWord == 2 && !has_second) value[u] &= 0xffff;
     }
 #pragma unroll
     for (int u = 0; u < kCopyUnroll; ++u)
@@ -2015,14 +1923,14 @@ __global__ void __launch_bounds__(kCopyThreads)
   }
 }
 
-// to: [copies of w_rows, rows, to_stride] elements, its rows in multiples of 4 bytes.
-static cudaError_t launch_copy_rows(const void* from, int64_t from_stride, void* to, int64_t rows, int m, int k,
-                                    int to_stride, int element_bytes, const WRows& w_rows, cudaStream_t stream) {
-  const unsigned words = unsigned(int64_t(to_stride) * element_bytes / 4), part = kCopyThreads * kCopyUnroll;
-  const dim3 grid(unsigned(rows), std::min((words + part - 1) / part, 65535u), unsigned(w_rows.interleave));
-  const auto kernel = element_bytes == 2 ? copy_rows_kernel<2> : copy_rows_kernel<4>;
-  kernel<<<grid, kCopyThreads, 0, stream>>>(static_cast<const char*>(from), from_stride, static_cast<uint32_t*>(to), m,
-                                            unsigned(k), words, w_rows);
+// to: [rows, to_stride] elements, its rows in multiples of 4 bytes.
+static cudaError_t launch_pad_rows(const void* from, int64_t from_stride, void* to, int64_t rows, int64_t k,
+                                   int64_t to_stride, int element_bytes, cudaStream_t stream) {
+  const unsigned words = unsigned(to_stride * element_bytes / 4), part = kCopyThreads * kCopyUnroll;
+  const dim3 grid(unsigned(rows), std::min((words + part - 1) / part, 65535u));
+  const auto kernel = element_bytes == 2 ? pad_rows_kernel<2> : pad_rows_kernel<4>;
+  kernel<<<grid, kCopyThreads, 0, stream>>>(static_cast<const char*>(from), from_stride, static_cast<uint32_t*>(to),
+                                            unsigned(k), words);
   return cudaGetLastError();
 }
 
@@ -2034,7 +1942,7 @@ template <typename T> struct Launch {
   Launch(int clusters, int blocks_per_cluster, cudaStream_t stream = nullptr) {
     attributes[0].id = cudaLaunchAttributeClusterDimension;
     attributes[0].val.clusterDim = {unsigned(blocks_per_cluster), 1, 1};
-    // Start while split_rows_kernel or copy_rows_kernel runs out.
+    // Start while split_rows_kernel runs out.
     attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = unsigned(clusters) * blocks_per_cluster;
@@ -2042,9 +1950,9 @@ template <typename T> struct Launch {
     config.dynamicSmemBytes = T::kSharedBytes;
     config.stream = stream;
     config.attrs = attributes;
-    // Only where one of the two comes between: what is fetched without waiting, W, was complete before that began. Of
-    // 16 bits with aligned rows the launch before may be what makes W, or its copy.
-    config.numAttrs = T::kIsFloat || T::kUnalignedW ? 2 : 1;
+    // Only where that comes between: what is fetched without waiting, W, was complete before it began. Of 16 bits the
+    // launch before may be what makes W, or its copy.
+    config.numAttrs = T::kIsFloat ? 2 : 1;
   }
   Launch(const Launch&) = delete;
 };
@@ -2071,20 +1979,14 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
   cudaError_t error = cudaSuccess;
   // First, so that the GPU has work while the host prepares the rest.
   if constexpr (T::kOperands == Operands::kStaged)
-    error = launch_split_rows<256, 1, false>(args.w, args.w_stride, args.w_split, args.w_rows, args.n, kMaxRows, args.k,
+    error = launch_split_rows<256, 1, false>(args.w, args.w_stride, args.w_split, args.n, kMaxRows, args.k,
                                              args.is_aligned, false, stream);
   if constexpr (T::kIsFloat)
     if (error == cudaSuccess)
-      error = launch_split_rows<T::kSplitK ? 512 : 256, T::kParts, true>(
-          args.x, args.x_stride, args.x_split, args.w_rows, args.m, TileScheduler<T>::kClusterM, args.k,
-          args.is_aligned, T::kKeepsOrder, stream);
-  const int64_t all_rows = int64_t(args.x_split.rows) * args.w_rows.interleave;  // of x's copies
-  if (all_rows > INT32_MAX - kMaxRows) return cudaErrorInvalidValue;
-  if constexpr (T::kUnalignedW && !T::kIsFloat)
-    error = launch_copy_rows(args.x, args.x_stride, args.x_split.hi, args.x_split.rows, args.m, args.k,
-                             args.x_split.padded_k, 2, args.w_rows, stream);
-  WMaps<T> w_maps;
-  CUtensorMap x_map, x_lo_map;
+      error = launch_split_rows<T::kSplitK ? 512 : 256, T::kParts, true>(args.x, args.x_stride, args.x_split, args.m,
+                                                                         TileScheduler<T>::kClusterM, args.k,
+                                                                         args.is_aligned, T::kKeepsOrder, stream);
+  CUtensorMap w_map, x_map, x_lo_map;
   StoreMaps<T::kStoresBoxes> store_maps = {};
   // Measured: without promotion 1 us less where W is only read once, 0.2 % more elsewhere.
   constexpr auto promotion = T::kSplitK ? CU_TENSOR_MAP_L2_PROMOTION_NONE : CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
@@ -2095,23 +1997,14 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
   const int x_rows = T::box_rows_of_x(args.m);
   const Element* entries = static_cast<const Element*>(args.w);
   if constexpr (T::kOperands == Operands::kStaged)
-    encode(w_maps.of_row, w.hi, args.n, w.padded_k, w.padded_k, T::kWBoxRows);
+    encode(&w_map, w.hi, args.n, w.padded_k, w.padded_k, T::kWBoxRows);
   else if constexpr (T::kTransposedW)
-    encode(w_maps.of_row, entries, args.k, args.n, args.w_stride, T::kWBoxRows);
-  else if constexpr (!T::kUnalignedW)
-    encode(w_maps.of_row, entries, args.n, args.k, args.w_stride, T::kWBoxRows);
+    encode(&w_map, entries, args.k, args.n, args.w_stride, T::kWBoxRows);
   else
-    for (int row = 0, step = args.w_rows.interleave; row < std::min(step, args.n); ++row) {
-      const int shift = args.w_rows.shift_of(row);
-      encode(&w_maps.of_row[row], entries + row * args.w_stride - shift, (args.n - row + step - 1) / step,
-             args.k + shift, args.w_stride * step, T::kWBoxRows);
-    }
+    encode(&w_map, entries, args.n, args.k, args.w_stride, T::kWBoxRows);
   if constexpr (T::kIsFloat) {
-    encode(&x_map, x.hi, all_rows, x.padded_k, x.padded_k, x_rows);
-    encode(&x_lo_map, x.lo, all_rows, x.padded_k, x.padded_k, x_rows);
-  } else if constexpr (T::kUnalignedW) {
-    encode(&x_map, reinterpret_cast<const Element*>(x.hi), all_rows, x.padded_k, x.padded_k, x_rows);
-    x_lo_map = x_map;
+    encode(&x_map, x.hi, x.rows, x.padded_k, x.padded_k, x_rows);
+    encode(&x_lo_map, x.lo, x.rows, x.padded_k, x.padded_k, x_rows);
   } else {
     encode(&x_map, static_cast<const Element*>(args.x), args.m, args.k, args.x_stride, x_rows);
     x_lo_map = x_map;
@@ -2126,36 +2019,29 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
   int resident;
   if (error == cudaSuccess) error = prepare_kernel<T>(device, &resident);
   if (error != cudaSuccess) return error;
-  const int clusters = TileScheduler<T>(args.m, args.n, args.w_rows).clusters();
+  const int clusters = TileScheduler<T>(args.m, args.n).clusters();
   const Launch<T> launch(T::kSplitK ? clusters : std::min(resident, clusters), T::kSplitK ? splits : T::kClusterBlocks,
                          stream);
-  error = cudaLaunchKernelEx(&launch.config, linear_kernel<T>, w_maps, x_map, x_lo_map, store_maps, args);
+  error = cudaLaunchKernelEx(&launch.config, linear_kernel<T>, w_map, x_map, x_lo_map, store_maps, args);
   return error != cudaSuccess ? error : cudaGetLastError();
 }
 
 // The tiles there are; which is the best is for model_new.py to say.
-template <Operands kOperands, typename Element, bool kTransposedW, bool kUnalignedW>
+template <Operands kOperands, typename Element, bool kTransposedW = false>
 static cudaError_t launch(const Arguments& args, int rows, int splits, int device, cudaStream_t stream) {
   const bool is_split = splits >= 1 && splits <= kMaxSplits && splits <= (args.k + kTileK - 1) / kTileK;
   const auto launch_if = [&](auto tile) { return launch_tile<decltype(tile)>(args, splits, device, stream); };
-  if (splits == 0 && rows == 256) return launch_if(Tile<kOperands, Element, 256, false, kTransposedW, kUnalignedW>());
-  // Not for an unaligned W: few shapes would want it.
-  if constexpr (kOperands == Operands::kSplit && !kUnalignedW)
+  if (splits == 0 && rows == 256) return launch_if(Tile<kOperands, Element, 256, false, kTransposedW>());
+  if constexpr (kOperands == Operands::kSplit)
     if (splits == 0 && rows == 128) return launch_if(Tile<kOperands, Element, 128, false, kTransposedW>());
   // A copy of W (kStaged) pays with many rows only.
   if constexpr (kOperands != Operands::kStaged) {
-    if (is_split && rows == 128) return launch_if(Tile<kOperands, Element, 128, true, kTransposedW, kUnalignedW>());
-    if (is_split && rows == 64) return launch_if(Tile<kOperands, Element, 64, true, kTransposedW, kUnalignedW>());
-    if (is_split && rows == 32) return launch_if(Tile<kOperands, Element, 32, true, kTransposedW, kUnalignedW>());
-    if (is_split && rows == 16) return launch_if(Tile<kOperands, Element, 16, true, kTransposedW, kUnalignedW>());
+    if (is_split && rows == 128) return launch_if(Tile<kOperands, Element, 128, true, kTransposedW>());
+    if (is_split && rows == 64) return launch_if(Tile<kOperands, Element, 64, true, kTransposedW>());
+    if (is_split && rows == 32) return launch_if(Tile<kOperands, Element, 32, true, kTransposedW>());
+    if (is_split && rows == 16) return launch_if(Tile<kOperands, Element, 16, true, kTransposedW>());
   }
   return cudaErrorInvalidValue;
-}
-template <Operands kOperands, typename Element>
-static cudaError_t launch(const Arguments& args, bool has_aligned_w, int rows, int splits, int device,
-                          cudaStream_t stream) {
-  return has_aligned_w ? launch<kOperands, Element, false, false>(args, rows, splits, device, stream)
-                       : launch<kOperands, Element, false, true>(args, rows, splits, device, stream);
 }
 
 }  // namespace hopper
@@ -2220,31 +2106,12 @@ static int parts_of(Conversion what) {
   return what == Conversion::kSplit || what == Conversion::kSplitTransposed ? 2 : 1;
 }
 
-// How linear_hopper reads W: as it is, or in rows that are not in multiples of 16 bytes.
-struct ReadsW {
-  hopper::WRows rows;
-  bool are_aligned;
-
-  // A transposed W is not read along k, and a copy of it (kStaged) is aligned.
-  ReadsW(const void* w, int64_t w_stride, int64_t k, DType dtype, Conversion what)
-      : rows(w, w_stride, dtype == DType::kFloat32 ? 4 : 2),
-        are_aligned(what == Conversion::kSplitTransposed || what == Conversion::kStaged ||
-                    (rows.are_aligned() && (k % 4 == 0 || dtype != DType::kFloat32))) {
-    if (are_aligned) rows = hopper::WRows(nullptr, 0, 4);
-  }
-  int zeros_in_front() const { return are_aligned ? 0 : 7; }  // of x's rows, at most
-};
-
 // Bytes of scratch memory that linear_hopper needs.
-int64_t linear_hopper_scratch(const void* w, int64_t w_stride, int64_t m, int64_t n, int64_t k, int dtype,
-                              int conversion) {
+int64_t linear_hopper_scratch(int64_t m, int64_t n, int64_t k, int conversion) {
   const auto what = static_cast<Conversion>(conversion);
-  const ReadsW reads(w, w_stride, k, static_cast<DType>(dtype), what);
-  int64_t bytes = 0;
-  if (what != Conversion::kNone || !reads.are_aligned)
-    bytes += hopper::SplitRows::bytes(m, k, parts_of(what), reads.rows.interleave, reads.zeros_in_front());
-  if (what == Conversion::kStaged) bytes += hopper::SplitRows::bytes(n, k, 1);
-  return bytes;
+  if (what == Conversion::kNone) return 0;
+  return hopper::SplitRows::bytes(m, k, parts_of(what)) +
+         (what == Conversion::kStaged ? hopper::SplitRows::bytes(n, k, 1) : 0);
 }
 
 // The fused layer on compute capability 9.0, in tiles of `rows` by 128; splits: blocks that share a tile, each with a
@@ -2252,10 +2119,8 @@ int64_t linear_hopper_scratch(const void* w, int64_t w_stride, int64_t m, int64_
 //   conversion: kNone with float16 and bfloat16, one of the others with float32.
 //   x [m, k] and w [n, k] with unit stride along k, rows and pointers in multiples of 16 bytes; float32 also k.
 //   kStaged: any rows. kSplitTransposed: w is [k, n] with unit stride along n, its rows and pointer in multiples of 16
-//   bytes; x has any rows. kNone, kSplit and kRounded: or w has other rows (float32: or k is no multiple of 4), and
-//   then x any, but not in tiles of 128 rows that do not share K. bias [n], or null; out [m, n] and z [m, n],
-//   contiguous, z null where it is not wanted. m, n, k from 1 to 2^31 - 2048. scratch: 128-byte aligned, null where
-//   none is needed.
+//   bytes; x has any rows. bias [n], or null; out [m, n] and z [m, n], contiguous, z null where it is not wanted. m, n,
+//   k from 1 to 2^31 - 2048. scratch: 128-byte aligned, null where none is needed.
 int linear_hopper(const void* x, const void* w, const void* bias, void* out, void* z, void* scratch, int64_t x_stride,
                   int64_t w_stride, int64_t m, int64_t n, int64_t k, double scale, int dtype, int conversion, int rows,
                   int splits, int device, cudaStream_t stream) {
@@ -2265,36 +2130,34 @@ int linear_hopper(const void* x, const void* w, const void* bias, void* out, voi
   const auto what = static_cast<Conversion>(conversion);
   // Float32 must be converted, 16 bits must not be.
   if ((what == Conversion::kNone) == (static_cast<DType>(dtype) == DType::kFloat32)) return cudaErrorInvalidValue;
-  const ReadsW reads(w, w_stride, k, static_cast<DType>(dtype), what);
-  const int parts = parts_of(what), copies = reads.rows.interleave, zeros = reads.zeros_in_front();
-  if (scratch == nullptr && (what != Conversion::kNone || !reads.are_aligned)) return cudaErrorInvalidValue;
-  const hopper::SplitRows x_split(scratch, m, k, parts, copies, zeros);
-  const hopper::SplitRows w_split(static_cast<char*>(scratch) + hopper::SplitRows::bytes(m, k, parts, copies, zeros), n,
-                                  k, 1);
-  const bool has_aligned_w = what == Conversion::kSplitTransposed || hopper::WRows(w, w_stride, 4).are_aligned();
-  const bool is_aligned = k % 4 == 0 && x_stride % 4 == 0 && aligned16(x, x, x) && has_aligned_w;
+  const int parts = parts_of(what);
+  if (scratch == nullptr && what != Conversion::kNone) return cudaErrorInvalidValue;
+  const hopper::SplitRows x_split(scratch, m, k, parts);
+  const hopper::SplitRows w_split(static_cast<char*>(scratch) + hopper::SplitRows::bytes(m, k, parts), n, k, 1);
+  const bool is_aligned = k % 4 == 0 && x_stride % 4 == 0 && aligned16(x, x, x) &&
+                          (what == Conversion::kSplitTransposed || (w_stride % 4 == 0 && aligned16(w, w, w)));
   const bool can_store_boxes = n % 8 == 0 && aligned16(out, z, z);
-  const hopper::Arguments args = {
-      x,      w,      bias,   out,          z,          x_split,         w_split,   x_stride, w_stride,
-      int(m), int(n), int(k), float(scale), is_aligned, can_store_boxes, reads.rows};
+  const hopper::Arguments args = {x,       w,       bias,         out,        z,
+                                  x_split, w_split, x_stride,     w_stride,   int(m),
+                                  int(n),  int(k),  float(scale), is_aligned, can_store_boxes};
   switch (static_cast<DType>(dtype)) {
     case DType::kFloat32:
       switch (what) {
         case Conversion::kSplit:
-          return hopper::launch<Operands::kSplit, float>(args, reads.are_aligned, rows, splits, device, stream);
+          return hopper::launch<Operands::kSplit, float>(args, rows, splits, device, stream);
         case Conversion::kRounded:
-          return hopper::launch<Operands::kRounded, float>(args, reads.are_aligned, rows, splits, device, stream);
+          return hopper::launch<Operands::kRounded, float>(args, rows, splits, device, stream);
         case Conversion::kStaged:
-          return hopper::launch<Operands::kStaged, float, false, false>(args, rows, splits, device, stream);
+          return hopper::launch<Operands::kStaged, float>(args, rows, splits, device, stream);
         case Conversion::kSplitTransposed:
-          return hopper::launch<Operands::kSplit, float, true, false>(args, rows, splits, device, stream);
+          return hopper::launch<Operands::kSplit, float, true>(args, rows, splits, device, stream);
         default:
           return cudaErrorInvalidValue;
       }
     case DType::kFloat16:
-      return hopper::launch<Operands::kNative, __half>(args, reads.are_aligned, rows, splits, device, stream);
+      return hopper::launch<Operands::kNative, __half>(args, rows, splits, device, stream);
     case DType::kBFloat16:
-      return hopper::launch<Operands::kNative, __nv_bfloat16>(args, reads.are_aligned, rows, splits, device, stream);
+      return hopper::launch<Operands::kNative, __nv_bfloat16>(args, rows, splits, device, stream);
     default:
       return cudaErrorInvalidValue;
   }
@@ -2306,8 +2169,7 @@ int pad_rows(const void* from, void* to, int64_t from_stride, int64_t rows, int6
              int element_bytes, int device, cudaStream_t stream) {
   const DeviceGuard guard(device);
   if (guard.error != cudaSuccess) return guard.error;
-  return hopper::launch_copy_rows(from, from_stride, to, rows, int(rows), int(k), int(to_stride), element_bytes,
-                                  hopper::WRows(nullptr, 0, element_bytes), stream);
+  return hopper::launch_pad_rows(from, from_stride, to, rows, k, to_stride, element_bytes, stream);
 }
 
 }  // extern "C"

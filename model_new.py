@@ -226,7 +226,7 @@ def _load(path):
     library.error_string.restype = ctypes.c_char_p
     library.epilogue_forward.argtypes = [_POINTER] * 2 + [_INT64, _DOUBLE, _INT, _INT, _POINTER]
     library.epilogue_backward.argtypes = [_POINTER] * 5 + [_INT64] * 3 + [_DOUBLE, _INT, _INT, _POINTER]
-    library.linear_hopper_scratch.argtypes = [_POINTER] + [_INT64] * 4 + [_INT] * 2
+    library.linear_hopper_scratch.argtypes = [_INT64] * 3 + [_INT]
     library.linear_hopper_scratch.restype = _INT64
     library.linear_hopper.argtypes = [_POINTER] * 6 + [_INT64] * 5 + [_DOUBLE] + [_INT] * 5 + [_POINTER]
     library.pad_rows.argtypes = [_POINTER] * 2 + [_INT64] * 4 + [_INT] * 2 + [_POINTER]
@@ -325,32 +325,25 @@ def select_tile(precision, m, n, k, transposed=False):
     operand. transposed: W comes as [k, n], and its rows in multiples of 16 bytes.
 
     Each rule is from times on an H200 of every tile beside the library's GEMM and fused epilogue, in CUDA graphs: M
-    from 1 to 1024 with fifteen (K, N) from (1024, 512) to (16384, 4096), and larger M before. Those of a W whose rows
-    begin anywhere are from an H100 and nine (K, N) from (1023, 2047) to (8191, 8193), those of half a wave from ten.
+    from 1 to 1024 with fifteen (K, N) from (1024, 512) to (16384, 4096), and larger M before. Those of half a wave are
+    from an H100 and ten (K, N).
     """
     if m == 0 or n < 512 or n * k < _SMALLEST_W or max(m, n, k) > 2**31 - 2048:
         return None  # fewer columns were not measured: a long K would leave most SMs without work
-    # Where rows are not in multiples of 16 bytes cuBLAS drops to a quarter of its rate. Here either x is stored several
-    # times then, or W is copied, see `_copies_weight`.
+    # Where rows are not in multiples of 16 bytes W is copied, and cuBLAS drops to a quarter of its rate.
     aligned = transposed or k % (8 if precision == "16 bit" else 4) == 0
     work = m * n * k
 
-    def microseconds(tile):
-        kernel, rows, _ = tile
-        time = _microseconds(m, n, k, *tile)
-        if not aligned and _copies_weight(tile, m, n):
-            return time + 2 * _weight_bytes(kernel, n, k) / _BYTES_PER_MICROSECOND
-        return time * (1 if aligned or m <= rows else _OF_SEVERAL.get((kernel, rows), 1))
-
-    tile = min(_tiles(precision, m, n, k), key=microseconds)
+    if not aligned and m <= 64:
+        return None  # as fast as the copy of W and the kernel, or faster
+    tile = min(_tiles(precision, m, n, k), key=lambda tile: _microseconds(m, n, k, *tile))
     kernel, rows, _ = tile
     # Whether enough SMs have work to stream W at full rate.
     is_full = _blocks(m, n, *tile) >= 120
     if precision == "float32":
-        # SGEMM is behind everywhere, but its GEMV, which serves one row, only where W is large and all SMs read it; or,
-        # of any size, where its rows begin anywhere.
+        # SGEMM is behind everywhere, but its GEMV, which serves one row, only where W is large and all SMs read it.
         # Below K = 256 it is more accurate, and up to 512 its error is about the kernel's.
-        least = 1 if is_full and (n * k >= 2**24 or not aligned) else 2
+        least = 1 if is_full and n * k >= 2**24 else 2
         serves = k >= 512 and m >= least
     elif precision == "tf32":
         if not aligned:
@@ -358,7 +351,7 @@ def select_tile(precision, m, n, k, transposed=False):
                 tile = "fp16x1_staged", 256, 0
             # Above 640 rows a rounded copy pays; from 257 on short sums leave the library ahead.
             many = work >= 2**30 if m > 640 else m <= 256 or k >= 1000
-            serves = is_full if m == 1 else many and k >= 512
+            serves = many and k >= 512
         elif m <= 64 or (m <= 128 and k >= 2 * n):
             # For a row cuBLAS has its GEMV; for more than 32 it streams W as fast, unless N gives it few tiles.
             if m == 1:
@@ -384,17 +377,6 @@ def select_tile(precision, m, n, k, transposed=False):
         fills = rows == 256 and m >= 0.96 * 256 * math.ceil(m / 256) and _occupied(m, n, kernel) >= 0.86
         serves = (m <= 192 and n <= 1024) or (m * n >= 2**22 and fills)
     return tile if serves else None
-
-
-def _copies_weight(tile, m, n):
-    """Whether a W whose rows are not in multiples of 16 bytes is copied for such tiles. Else it is read as it is, and x
-    stored up to four times, in 16 bits eight times: measured, cheaper up to about M = N / 4, in 16 bits N / 16.
-    The tile of 128 rows whose blocks share x in pairs is not built for such a W: it always wants a copy.
-    """
-    kernel, rows, splits = tile
-    if kernel == "wgmma16":
-        return m > n // 16
-    return kernel != "fp16x1_staged" and (m > n // 4 or (rows == 128 and splits == 0))
 
 
 def _weight_bytes(kernel, n, k):
@@ -462,9 +444,6 @@ _COSTS = {
 }
 # A single cluster's time with 1, 2 or 3 of its four panels of 128 rows: those that x does not fill are left out.
 _OF_A_CLUSTER = {1: 0.56, 2: 0.8, 3: 0.89}
-# How much longer it takes where several tiles of so many rows read a W whose rows begin anywhere.
-_OF_SEVERAL = {("fp16x3", 16): 1.2, ("fp16x3", 32): 1.2, ("fp16x3", 64): 1.2, ("fp16x1", 128): 1.35}
-_BYTES_PER_MICROSECOND = 4.2e6  # of a copy, read and written
 _RESIDENT = {0: 132, 1: 132, 2: 132, 3: 117, 4: 120}  # blocks that run at once, by splits: clusters must fit the GPCs
 
 
@@ -566,26 +545,22 @@ def _hopper_cuda(tile, x, weight, bias, scale, with_z=False):
     if not in_16_bytes and not _in_rows(weight):
         weight = weight.contiguous()
         in_16_bytes = _in_16_bytes(weight)
-    is_aligned = in_16_bytes and (kernel == "wgmma16" or k % 4 == 0)
-    if not is_aligned and _copies_weight(tile, m, n):
-        x, weight, is_aligned = _padded(x), _padded(weight), True
-        k = x.shape[1]
-    if is_aligned and kernel != "fp16x1_staged":
-        x = x if _in_16_bytes(x) else _padded(x)
-    else:  # x is converted or copied first, from rows of any alignment
+    if kernel == "fp16x1_staged":  # both are converted first, from rows of any alignment
         x = x if x.stride(1) == 1 else x.contiguous()
-    _launch_hopper(conversion, shape, x, weight, bias, out, z, (m, n, k), scale, is_aligned)
+    elif in_16_bytes and (kernel == "wgmma16" or k % 4 == 0):
+        x = x if _in_16_bytes(x) else _padded(x)
+    else:
+        x, weight = _padded(x), _padded(weight)
+        k = x.shape[1]
+    _launch_hopper(conversion, shape, x, weight, bias, out, z, (m, n, k), scale)
     return out, z
 
 
-def _launch_hopper(conversion, shape, x, weight, bias, out, z, sizes, scale, is_aligned=True):
-    """linear_hopper of kernels.cu, with its scratch memory; shape: (rows, splits) of the tile, sizes: (m, n, k).
-
-    is_aligned: W's rows, and K in float32, are in multiples of 16 bytes, and need no copies of x.
-    """
+def _launch_hopper(conversion, shape, x, weight, bias, out, z, sizes, scale):
+    """linear_hopper of kernels.cu, with its scratch memory; shape: (rows, splits) of the tile, sizes: (m, n, k)."""
     dtype, strides, scratch = _DTYPES[x.dtype], (x.stride(0), weight.stride(0)), None
-    if conversion or not is_aligned:
-        scratch_bytes = _cuda.linear_hopper_scratch(weight.data_ptr(), strides[1], *sizes, dtype, conversion)
+    if conversion:
+        scratch_bytes = _cuda.linear_hopper_scratch(*sizes, conversion)
         scratch = x.new_empty(scratch_bytes // x.element_size())
     pointers = [0 if t is None else t.data_ptr() for t in (x, weight, bias, out, z, scratch)]
     _launch(_cuda.linear_hopper, x.device, *pointers, *strides, *sizes, scale, dtype, conversion, *shape)

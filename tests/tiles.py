@@ -41,12 +41,6 @@ def a_shape_of(kernel):
     raise AssertionError(f"none of the shapes tried is served by {kernel}")
 
 
-def reads_any_rows(tile):
-    """Whether a tile reads a W as it is whose rows are not in multiples of 16 bytes."""
-    return tile[1:] != (128, 0)
-
-
-def scratch_bytes(kernel, m, n, k, w=0, w_stride=0):
-    """Of memory that a kernel needs for one call; w: W's address, by default one whose rows are in multiples of 16."""
-    dtype = model_new._DTYPES[torch.float16 if kernel == "wgmma16" else torch.float32]
-    return model_new._cuda.linear_hopper_scratch(w, w_stride, m, n, k, dtype, model_new._CONVERSIONS[kernel])
+def scratch_bytes(kernel, m, n, k):
+    """Of memory that a kernel needs for one call."""
+    return model_new._cuda.linear_hopper_scratch(m, n, k, model_new._CONVERSIONS[kernel])

@@ -1,0 +1,102 @@
+"""Compares the machine code of two versions of kernels.cu, kernel by kernel: a change to its text need not change that.
+
+    python bench/sass.py HEAD                    the working tree beside a commit
+    python bench/sass.py HEAD~3 HEAD --all       two commits, and a line for every kernel
+
+A kernel is compared with the one of the same name, or, where a name or template argument changed, with one of the same
+instructions. Offsets into the constant bank, where a kernel's parameters lie, do not count: adding a parameter moves
+them. Needs nvcc, and cuobjdump and nvdisasm, which the toolkit or the triton package has. Exit status 1: code differs.
+"""
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model_new import find_cuda_home, nvcc_flags
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def binary(name):
+    """The path of cuobjdump or nvdisasm."""
+    triton = importlib.util.find_spec("triton")
+    folders = [
+        Path(find_cuda_home()) / "bin",
+        *(Path(p) / "backends/nvidia/bin" for p in triton.submodule_search_locations),
+    ]
+    return next(str(folder / name) for folder in folders if (folder / name).exists())
+
+
+def machine_code(source, arch):
+    """{demangled kernel name: [instruction]} of a kernels.cu's text."""
+    with tempfile.TemporaryDirectory() as folder:
+        text, cubin = Path(folder) / "kernels.cu", Path(folder) / "kernels.cubin"
+        text.write_text(source, encoding="utf-8")
+        flags = [*nvcc_flags([arch]), "-std=c++17", "-cubin"]
+        subprocess.run([f"{find_cuda_home()}/bin/nvcc", *flags, text, "-o", cubin], check=True)
+        environment = {**os.environ, "PATH": f"{Path(binary('nvdisasm')).parent}:{os.environ['PATH']}"}
+        dump = subprocess.run([binary("cuobjdump"), "-sass", cubin], capture_output=True, text=True, env=environment)
+        names = subprocess.run(
+            [shutil.which("c++filt") or "cat"], input=dump.stdout, capture_output=True, text=True
+        ).stdout
+    kernels = {}
+    for part in names.split("\t\tFunction : ")[1:]:
+        name, _, body = part.partition("\n")
+        instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", body, re.MULTILINE)
+        kernels[name] = [re.sub(r"c\[0x0\]\[0x[0-9a-f]+\]", "c[0x0][]", text) for text in instructions]
+    return kernels
+
+
+def source_of(revision):
+    """kernels.cu at a commit, or of the working tree where revision is None."""
+    if revision is None:
+        return (ROOT / "kernels.cu").read_text(encoding="utf-8")
+    show = ["git", "-C", ROOT, "show", f"{revision}:kernels.cu"]
+    return subprocess.run(show, check=True, capture_output=True, text=True).stdout
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("before", help="a commit")
+    parser.add_argument("after", nargs="?", help="a commit; default: the working tree")
+    parser.add_argument("--arch", default="90a", help="default %(default)s")
+    parser.add_argument("--all", action="store_true", help="list the identical kernels, too")
+    arguments = parser.parse_args()
+    before, after = (machine_code(source_of(r), arguments.arch) for r in (arguments.before, arguments.after))
+
+    pairs = {name: name for name in after if name in before}
+    left = {name for name in before if name not in pairs}
+    for name in after.keys() - pairs.keys():  # renamed
+        same = next((other for other in sorted(left) if before[other] == after[name]), None)
+        if same:
+            pairs[name] = same
+            left.discard(same)
+    changed = [name for name, other in pairs.items() if before[other] != after[name]]
+    for name in sorted(pairs):
+        was, now = len(before[pairs[name]]), len(after[name])
+        if name in changed:
+            print(f"{was:6} -> {now:6} instructions ({100 * (now / was - 1):+.1f} %)  {name}")
+        elif arguments.all:
+            print(f"{now:6} instructions, the same  {name}")
+    for name in sorted(left):
+        print(f"{len(before[name]):6} instructions gone  {name}")
+    for name in sorted(after.keys() - pairs.keys()):
+        print(f"{len(after[name]):6} instructions new  {name}")
+    total = [sum(map(len, kernels.values())) for kernels in (before, after)]
+    print(
+        f"{len(before)} -> {len(after)} kernels: {len(pairs) - len(changed)} the same, {len(changed)} changed, "
+        f"{len(left)} gone, {len(after) - len(pairs)} new; {total[0]} -> {total[1]} instructions"
+    )
+    return 1 if changed or left or len(after) > len(pairs) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
