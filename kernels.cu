@@ -502,8 +502,7 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 //             product. (Markidis et al. 2018; Ootomo and Yokota 2022.)
 //     Range: the scale puts the largest |a| that shares it into [2^14, 2^15), so that lo keeps all its bits for every
 //       number down to 2^-17 of the largest, and what is lost below that is at most 2^-39 of the largest. x has one
-//       scale a row, W one for every row and block of 64 k. Where few entries of a row of x stand out (see Outliers)
-//       they are multiplied apart, in float32, and do not count.
+//       scale a row, W one for every row and block of 64 k.
 //     Small sums: where a row's large entries meet zeros, the result is made of those that have lost bits. The epilogue
 //       knows such sums by their size (see are_lost), and they are computed again in float32. For kRounded and
 //       kStaged, too.
@@ -667,23 +666,13 @@ __device__ __forceinline__ void split2(float a, float b, float scale, uint32_t& 
   hi = reinterpret_cast<const uint32_t&>(h), lo = reinterpret_cast<const uint32_t&>(l);
 }
 
-// The entries of a row of x above 2^-12 of its largest, where they are few. They are left out of hi and lo, so that the
-// others get a scale of their own and keep their bits, and the epilogue adds their products in float32.
-struct Outliers {
-  static constexpr int kMax = 8;
-  int k[kMax];  // ascending; -1: no more
-  float value[kMax];
-};
-
-// The inverse of a row's scale, a power of two, and what else is known of the row: in its sign whether it has outliers,
-// in the last bits of its mantissa whether entries were so small for the scale that they became zero, and whether there
-// is nothing but outliers.
+// The inverse of a row's scale, a power of two, and in the last bit of its mantissa whether entries were so small for
+// the scale that they became zero.
 struct RowScale {
-  static constexpr uint32_t kVanished = 1, kOnlyOutliers = 2;
+  static constexpr uint32_t kVanished = 1;
   float marked;
 
-  __device__ __forceinline__ bool is(uint32_t mark) const { return __float_as_uint(marked) & mark; }
-  __device__ __forceinline__ bool has_outliers() const { return marked < 0; }
+  __device__ __forceinline__ bool has_vanished() const { return __float_as_uint(marked) & kVanished; }
   __device__ __forceinline__ float inverse() const { return __uint_as_float(__float_as_uint(marked) & 0x7f800000); }
 };
 
@@ -693,15 +682,13 @@ struct SplitRows {
   int rows;         // m and some more, see rows_of
   __half *hi, *lo;  // [rows, padded_k], k in its order or in the one described above; lo is hi where there is one part
   float* inverse_scale;  // [m up to a multiple of kPaddedRows]; see RowScale
-  Outliers* outliers;    // [m], where inverse_scale is negative
 
   SplitRows(void* scratch, int64_t m, int64_t k, int parts)
       : padded_k(int((k + kTileK - 1) / kTileK * kTileK)),
         rows(int(rows_of(m))),
         hi(static_cast<__half*>(scratch)),
         lo(hi + (parts - 1) * part_size()),
-        inverse_scale(reinterpret_cast<float*>(lo + part_size())),
-        outliers(reinterpret_cast<Outliers*>(inverse_scale + padded_m(m))) {}
+        inverse_scale(reinterpret_cast<float*>(lo + part_size())) {}
   int64_t part_size() const { return int64_t(rows) * padded_k; }
   // Where there are more than 128, whole panels of 128, for the reason that kOverlaps has. The rows behind the last, as
   // far as tiles read them, are copies of it: sums of 0 would look as if they had lost their bits.
@@ -709,7 +696,7 @@ struct SplitRows {
   static int64_t padded_m(int64_t m) { return (m + kPaddedRows - 1) / kPaddedRows * kPaddedRows; }
   static int64_t bytes(int64_t m, int64_t k, int parts) {
     const SplitRows split(nullptr, m, k, parts);
-    return (reinterpret_cast<uintptr_t>(split.outliers + m) + 127) / 128 * 128;
+    return (reinterpret_cast<uintptr_t>(split.inverse_scale + padded_m(m)) + 127) / 128 * 128;
   }
 };
 
@@ -723,9 +710,9 @@ __device__ __forceinline__ float4 load_four(const float* row, int at, int k, boo
 
 // One block for each row of x [m, k] with row stride x_stride, and for the rows missing to whole tiles, which get
 // copies of the last as far as `split` has them, and inverse_scale 0. kBlockThreads: more where few rows make the next
-// kernel wait, which begins on an SM when its blocks are done. kParts: 2 for hi and lo, 1 for hi. kHasOutliers: whether
-// they are set apart, as rows of x allow. keeps_order: k keeps its order, or else has that of wgmma's fragments.
-template <int kBlockThreads, int kParts, bool kHasOutliers>
+// kernel wait, which begins on an SM when its blocks are done. kParts: 2 for hi and lo, 1 for hi. keeps_order: k keeps
+// its order, or else has that of wgmma's fragments.
+template <int kBlockThreads, int kParts>
 __global__ void __launch_bounds__(kBlockThreads)
     split_rows_kernel(const float* __restrict__ x, int64_t x_stride, const SplitRows split, int m, int k,
                       bool is_aligned, bool keeps_order) {
@@ -747,46 +734,16 @@ __global__ void __launch_bounds__(kBlockThreads)
     for (int i = 0; i < kHeld; ++i) four(held[i]);
     for (int at = threadIdx.x * 4 + kHeld * kStride; at < k; at += kStride) four(load4(at));
   };
-  // Over the block; of bits of non-negative floats, which are ordered like the floats.
-  __shared__ uint32_t of_warp[2][kBlockThreads / 32];
-  auto reduce_max = [&](float value, uint32_t* buffer) {
-    const uint32_t in_warp = __reduce_max_sync(~0u, __float_as_uint(value));
-    if (threadIdx.x % 32 == 0) buffer[threadIdx.x / 32] = in_warp;
-    __syncthreads();
-    return __uint_as_float(__reduce_max_sync(~0u, buffer[threadIdx.x % (kBlockThreads / 32)]));
-  };
-  __shared__ int outlier_count;
-  __shared__ Outliers found;
-  if (threadIdx.x == 0) outlier_count = 0;
-
+  // The largest |x| of the row, from the bits of non-negative floats, which are ordered like the floats.
+  __shared__ uint32_t of_warp[kBlockThreads / 32];
   float largest = 0;
   for_each([&](float v) { largest = fmaxf(largest, fabsf(v)); });
-  largest = reduce_max(largest, of_warp[0]);
-  const float limit = largest * 0x1p-12f;  // Inf where an entry is Inf: no outliers then
-  float scale = scale_of(largest);
-  bool has_outliers = false, only_outliers = false;
-  if constexpr (kHasOutliers) {
-    float largest_below = 0;
-    int above = 0;
-    for_each([&](float v) {
-      if (fabsf(v) > limit)
-        ++above;
-      else
-        largest_below = fmaxf(largest_below, fabsf(v));
-    });
-    above = __reduce_add_sync(~0u, above);
-    if (threadIdx.x % 32 == 0 && above > 0) atomicAdd(&outlier_count, above);
-    largest_below = reduce_max(largest_below, of_warp[1]);
-    has_outliers = outlier_count > 0 && outlier_count <= Outliers::kMax;
-    only_outliers = has_outliers && largest_below == 0;
-    if (has_outliers) scale = only_outliers ? 1 : scale_of(largest_below);
-    __syncthreads();  // everyone has read the count, which now counts those found
-    if (threadIdx.x == 0) outlier_count = 0;
-  }
+  const uint32_t in_warp = __reduce_max_sync(~0u, __float_as_uint(largest));
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = in_warp;
+  __syncthreads();
+  const float scale = scale_of(__uint_as_float(__reduce_max_sync(~0u, of_warp[threadIdx.x % (kBlockThreads / 32)])));
   uint32_t* inverse_scale = reinterpret_cast<uint32_t*>(split.inverse_scale + blockIdx.x);
-  if (threadIdx.x == 0 && !is_missing)
-    *inverse_scale = __float_as_uint(has_outliers ? -inverse_of(scale) : inverse_of(scale)) |
-                     (only_outliers ? RowScale::kOnlyOutliers : 0);
+  if (threadIdx.x == 0 && !is_missing) *inverse_scale = __float_as_uint(inverse_of(scale));
   __syncthreads();
 
   // Thread q of four has k = 4q .. 4q+3 of a group of 16. The fragment's order wants its first two in the group's first
@@ -794,17 +751,6 @@ __global__ void __launch_bounds__(kBlockThreads)
   const bool odd = threadIdx.x % 2;
   __half2 smallest = __floats2half2_rn(INFINITY, INFINITY);  // |hi|
   auto store4 = [&](int at, float4 v) {
-    float* entries = &v.x;
-    if (has_outliers) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (!(fabsf(entries[e]) > limit)) continue;
-        const int slot = atomicAdd(&outlier_count, 1);
-        found.k[slot] = at + e;
-        found.value[slot] = entries[e];
-        entries[e] = 0;
-      }
-    }
     const int q = at / 4 % 4;
     const int64_t to =
         int64_t(blockIdx.x) * split.padded_k + (keeps_order ? at : at / 16 * 16 + (odd ? 8 : 0) + q / 2 * 4);
@@ -826,25 +772,10 @@ __global__ void __launch_bounds__(kBlockThreads)
   for (int first = kHeld * kStride; first < split.padded_k; first += kStride)
     store4(threadIdx.x * 4 + first, load4(threadIdx.x * 4 + first));
 
-  if (kHasOutliers && (__low2float(smallest) == 0 || __high2float(smallest) == 0)) {
+  if (__low2float(smallest) == 0 || __high2float(smallest) == 0) {
     bool has_vanished = false;  // or were the numbers themselves 0?
     for_each([&](float v) { has_vanished |= v != 0 && fabsf(v * scale) <= 0x1p-25f; });
     if (has_vanished && !is_missing) atomicOr(inverse_scale, RowScale::kVanished);
-  }
-  if (!has_outliers || is_missing) return;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    // In ascending order of k, whatever the order in which they were found: the result must not depend on it.
-    Outliers& out = split.outliers[blockIdx.x];
-    int last = -1;
-    for (int i = 0; i < Outliers::kMax; ++i) {
-      int next = -1;
-      for (int j = 0; j < outlier_count; ++j)
-        if (found.k[j] > last && (next < 0 || found.k[j] < found.k[next])) next = j;
-      out.k[i] = next < 0 ? -1 : found.k[next];
-      out.value[i] = next < 0 ? 0 : found.value[next];
-      last = next < 0 ? k : found.k[next];
-    }
   }
 #endif
 }
@@ -1449,10 +1380,10 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       // Epilogue. The thread's columns of out are n_of(r, 0) and n_of(r, 1). Measured: what is rarely executed should
       // be short or far away, since instructions are read from memory, too. So that z is stored by the same code as
       // out, in a pass of its own with scale 0.
-      constexpr int kRowsAtOnce = T::kRows < 128 ? T::kRows : 128;  // of float32 epilogues
       auto n_of = [&](int r_, int half) { return n0 + row_of(r_) + half * T::kColumnStep; };
       if constexpr (T::kOperands == Operands::kStaged) {
-        const float inverse[2] = {args.w_split.inverse_scale[n_of(r, 0)], args.w_split.inverse_scale[n_of(r, 1)]};
+        auto inverse_at = [&](int half) { return RowScale{args.w_split.inverse_scale[n_of(r, half)]}.inverse(); };
+        const float inverse[2] = {inverse_at(0), inverse_at(1)};
         scale_total(inverse[0], inverse[1]);
         note_inverse(inverse);
       }
@@ -1490,37 +1421,20 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         bool lost[2];
         return are_lost(smallest[0], smallest[1], lost);
       };
-      // Float32, what few sums need: adds the outliers' products, in the scale of the row's others, and makes lost sums
-      // NaN, to be computed again. A loop, for short code, and so over a copy in local memory, which can be indexed. A
-      // sum of 0 is taken for right, unless entries of x became zero.
-      auto amend = [&](int m, float* values, auto groups) {
-        constexpr int kPairs = 2 * decltype(groups)::value;
-        float copy[2 * kPairs];
+      // Float32: makes lost sums NaN, to be computed again. A sum of 0 is taken for right, unless entries of x became
+      // zero.
+      auto mark_lost = [&](int m, float* values, auto groups) {
 #pragma unroll
-        for (int i = 0; i < 2 * kPairs; ++i) copy[i] = values[i];
-#pragma unroll(kPairs > 2 ? 1 : kPairs)
-        for (int pair = 0; pair < kPairs; ++pair) {  // a row of out
-          const int row_m = m + pair / 2 * 8 + pair % 2;
-          float& first = copy[pair / 2 * 4 + pair % 2];
-          float& second = copy[pair / 2 * 4 + pair % 2 + 2];
-          const RowScale row = {args.x_split.inverse_scale[row_m]};
-          if (row.has_outliers()) {
-            const Outliers& outliers = args.x_split.outliers[row_m];
-#pragma unroll 1
-            for (int j = 0; j < Outliers::kMax && outliers.k[j] >= 0; ++j) {
-              const float value = outliers.value[j] * inverse_of(row.inverse());
-              first = fmaf(value, *w_at(min(n_of(r, 0), args.n - 1), outliers.k[j]), first);
-              second = fmaf(value, *w_at(min(n_of(r, 1), args.n - 1), outliers.k[j]), second);
-            }
-          }
+        for (int pair = 0; pair < 2 * decltype(groups)::value; ++pair) {  // a row of out
+          float& first = values[pair / 2 * 4 + pair % 2];
+          float& second = values[pair / 2 * 4 + pair % 2 + 2];
+          const RowScale row = {args.x_split.inverse_scale[m + pair / 2 * 8 + pair % 2]};
           bool lost[2];
           are_lost(fabsf(first), fabsf(second), lost);
-          if (row.is(RowScale::kOnlyOutliers) || row.inverse() <= kSmallestInverse) continue;
-          if (lost[0] && (first != 0 || row.is(RowScale::kVanished))) first = NAN;
-          if (lost[1] && (second != 0 || row.is(RowScale::kVanished))) second = NAN;
+          if (row.inverse() <= kSmallestInverse) continue;
+          if (lost[0] && (first != 0 || row.has_vanished())) first = NAN;
+          if (lost[1] && (second != 0 || row.has_vanished())) second = NAN;
         }
-#pragma unroll
-        for (int i = 0; i < 2 * kPairs; ++i) values[i] = copy[i];
       };
       // x's inverse_scale of rows m and m + 1.
       auto inverses_at = [&](int m) { return *reinterpret_cast<const float2*>(args.x_split.inverse_scale + m); };
@@ -1615,9 +1529,9 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         }
       };
       // m: the first group's first + 2q. first: float32, inverses_at(m), loaded before what branches here.
-      auto finish = [&](int m, float* values, float2 first, auto groups, bool has_outliers, float& check) {
+      auto finish = [&](int m, float* values, float2 first, auto groups, float& check) {
         if constexpr (T::kIsFloat)
-          if (has_outliers || may_be_lost(values, groups)) amend(m, values, groups);
+          if (may_be_lost(values, groups)) mark_lost(m, values, groups);
 #pragma unroll 1
         for (bool is_z = z != nullptr;; is_z = false) {
           Element* to = is_z ? z : out;
@@ -1640,14 +1554,6 @@ __global__ void __launch_bounds__(T::kThreads, 1)
           if (!is_z) break;
         }
       };
-      auto sees_outliers = [&](int m_first) {  // a thread, among every 32nd of kRowsAtOnce rows
-        bool any = false;
-#pragma unroll
-        for (int row = 0; row < kRowsAtOnce; row += 32)
-          any |= RowScale{args.x_split.inverse_scale[m_first + min(row + lane, kRowsAtOnce - 1)]}.has_outliers();
-        return any;
-      };
-
       float check = 0;
       if constexpr (T::kSplitK) {
         // Every block adds up what all have for its groups of rows, in the order of k. So all send it theirs, as
@@ -1684,7 +1590,6 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         // Loaded before the waiting that follows, which hides how long the L2 cache takes.
         float2 next_inverses = {};
         if (T::kIsFloat) next_inverses = inverses_at(m0 + min(first_group, T::kGroups - 1) * 8 + 2 * q);
-        const bool saw_outliers = T::kIsFloat && sees_outliers(m0);
         bar_sync(3, kConsumerThreads);  // both warpgroups are done with W's ring
         barrier_cluster_wait();
         static_assert(kMaxSplits == 4);
@@ -1702,7 +1607,6 @@ __global__ void __launch_bounds__(T::kThreads, 1)
           }
         }
         find_limit();
-        const bool has_outliers = T::kIsFloat && __any_sync(~0u, saw_outliers);
         uint32_t parts[kMaxSplits];  // of this block's first group
 #pragma unroll
         for (int block = 0; block < kMaxSplits; ++block) parts[block] = block == int(rank) ? own : sent(block, rank);
@@ -1718,7 +1622,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
             values[0] += part.x, values[1] += part.y, values[2] += part.z, values[3] += part.w;
             parts[block] += kGroupBytes;
           }
-          finish(m0 + group * 8 + 2 * q, values, inverses, std::integral_constant<int, 1>(), has_outliers, check);
+          finish(m0 + group * 8 + 2 * q, values, inverses, std::integral_constant<int, 1>(), check);
         }
       } else if constexpr (T::kIsFloat) {
         find_limit();
@@ -1726,13 +1630,12 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 #pragma unroll 1
         for (int first = 0; first < T::kRows && m0 + first < args.m; first += 128) {
           const int m = m0 + first + 2 * q;
-          const bool has_outliers = __any_sync(~0u, sees_outliers(m0 + first));
-          finish(m, total, inverses_at(m), std::integral_constant<int, 16>(), has_outliers, check);
+          finish(m, total, inverses_at(m), std::integral_constant<int, 16>(), check);
 #pragma unroll
           for (int i = 0; i < 64; ++i) total[i] = total[T::kRows / 2 - 64 + i];
         }
       } else {
-        finish(m0 + 2 * q, total, {}, std::integral_constant<int, T::kGroups>(), false, check);
+        finish(m0 + 2 * q, total, {}, std::integral_constant<int, T::kGroups>(), check);
       }
       not_finite = not_finite << 1 | (not_finite & 1u << 31) | (check != 0);
     });
@@ -1883,12 +1786,12 @@ static cudaError_t encode_tensor_map(CUtensorMap* map, T* base, int64_t rows, in
 }
 
 // tile: the rows of a tile, or a multiple.
-template <int kBlockThreads, int kParts, bool kHasOutliers>
+template <int kBlockThreads, int kParts>
 static cudaError_t launch_split_rows(const void* from, int64_t stride, const SplitRows& to, int rows, int tile, int k,
                                      bool is_aligned, bool keeps_order, cudaStream_t stream) {
   const unsigned grid = (unsigned(rows) + tile - 1) / tile * tile;
-  split_rows_kernel<kBlockThreads, kParts, kHasOutliers><<<grid, kBlockThreads, 0, stream>>>(
-      static_cast<const float*>(from), stride, to, rows, k, is_aligned, keeps_order);
+  split_rows_kernel<kBlockThreads, kParts><<<grid, kBlockThreads, 0, stream>>>(static_cast<const float*>(from), stride,
+                                                                               to, rows, k, is_aligned, keeps_order);
   return cudaGetLastError();
 }
 
@@ -1979,13 +1882,13 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
   cudaError_t error = cudaSuccess;
   // First, so that the GPU has work while the host prepares the rest.
   if constexpr (T::kOperands == Operands::kStaged)
-    error = launch_split_rows<256, 1, false>(args.w, args.w_stride, args.w_split, args.n, kMaxRows, args.k,
-                                             args.is_aligned, false, stream);
+    error = launch_split_rows<256, 1>(args.w, args.w_stride, args.w_split, args.n, kMaxRows, args.k, args.is_aligned,
+                                      false, stream);
   if constexpr (T::kIsFloat)
     if (error == cudaSuccess)
-      error = launch_split_rows<T::kSplitK ? 512 : 256, T::kParts, true>(args.x, args.x_stride, args.x_split, args.m,
-                                                                         TileScheduler<T>::kClusterM, args.k,
-                                                                         args.is_aligned, T::kKeepsOrder, stream);
+      error = launch_split_rows<T::kSplitK ? 512 : 256, T::kParts>(args.x, args.x_stride, args.x_split, args.m,
+                                                                   TileScheduler<T>::kClusterM, args.k, args.is_aligned,
+                                                                   T::kKeepsOrder, stream);
   CUtensorMap w_map, x_map, x_lo_map;
   StoreMaps<T::kStoresBoxes> store_maps = {};
   // Measured: without promotion 1 us less where W is only read once, 0.2 % more elsewhere.
