@@ -34,6 +34,9 @@
 
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };  // as in model_new.py
 
+// Which kernel serves a call, beside the library; see the table above.
+enum class Kernel : int { kWgmma16 = 0, kFp16x3 = 1, kFp16x1 = 2, kFp16x1Staged = 3 };
+
 // The type in which an element is computed: float for 16-bit storage, so that out is rounded once.
 template <typename T> struct ComputeType {
   using type = float;
@@ -242,6 +245,28 @@ static cudaError_t launch_epilogue_backward(const void* grad_, const void* z_, v
 #define HAS_SM90A 1
 #endif
 
+// Until the kernel before this one in the stream has finished and its writes are visible.
+__device__ __forceinline__ void griddepcontrol_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Lets the next kernel in the stream start its blocks as soon as there is room for them.
+__device__ __forceinline__ void griddepcontrol_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// The largest of a warp's.
+__device__ __forceinline__ uint32_t warp_max(uint32_t v) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(~0u, v);
+#else
+  for (int distance = 16; distance > 0; distance /= 2) v = max(v, __shfl_xor_sync(~0u, v, distance));
+  return v;
+#endif
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 #ifdef HAS_SM90A
@@ -420,6 +445,11 @@ template <int kRegisters> __device__ __forceinline__ void setmaxnreg_inc() {
 template <int kRegisters> __device__ __forceinline__ void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
+__device__ __forceinline__ uint32_t laneid() {
+  uint32_t lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
 __device__ __forceinline__ uint32_t cluster_ctarank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -461,13 +491,13 @@ __device__ __forceinline__ void st_async_v2(uint32_t to, const float* v, uint32_
                "f"(v[0]), "f"(v[1]), "r"(barrier)
                : "memory");
 }
-// True, once v, which is not zero, is known: what depends on it cannot go before the loads that v is made from.
-__device__ __forceinline__ bool is_known(float v) {
+// Always true, for v not zero. An opaque dependence: what it guards cannot be issued before the loads of v return.
+__device__ __forceinline__ bool always_true_after(float v) {
   uint32_t bits = __float_as_uint(v);
   asm volatile("mov.b32 %0, %0;" : "+r"(bits));
   return bits != 0;
 }
-// Orders nothing but fence_mbarrier_init.
+// Relaxed: only publishes the barriers' initialisation.
 __device__ __forceinline__ void barrier_cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
@@ -477,177 +507,16 @@ __device__ __forceinline__ void barrier_cluster_arrive() {
 __device__ __forceinline__ void barrier_cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// Until the kernel before this one in the stream has finished and its writes are visible.
-__device__ __forceinline__ void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-// Lets the next kernel in the stream start its blocks as soon as there is room for them.
-__device__ __forceinline__ void griddepcontrol_launch_dependents() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-
 #endif  // HAS_SM90A
 
-// ---------------------------------------------------------------------------- the fused layer on Hopper's tensor cores
+// ---------------------------------------------------------------------------- float32 as two fp16 numbers
 //
-// Hopper's words: a warpgroup is four consecutive warps; wgmma their asynchronous matrix product; TMA, the instruction
-//   cp.async.bulk.tensor, copies a box of a tensor to shared memory; an mbarrier is a barrier in shared memory that
-//   also counts bytes that arrive; setmaxnreg moves registers between warpgroups; a cluster is blocks that can reach
-//   each other's shared memory.
+// A float32 number a is scaled by a power of two, which is exact, and written as hi + lo, two fp16 numbers of 11
+// significant bits each: hi = fp16(a), lo = fp16(a - hi). Then a*b = hi*hi + hi*lo + lo*hi, and what is dropped, lo*lo
+// and the rest below lo, is at most 2^-21 of the product. (Markidis et al. 2018; Ootomo and Yokota 2022.)
 //
-// The kernel computes the transpose of out: each of two consumer warpgroups has 64 columns of out, by the tile's rows
-// of x, in products of wgmma's A = W [64 n, 16 k] and B = x [rows, 16 k]. There are four kinds of operands:
-//
-//   kSplit    float32 at full precision. A float32 number a is scaled by a power of two (exact) and written as hi + lo,
-//             two fp16 numbers of 11 significant bits each: hi = fp16(a), lo = fp16(a - hi). Then
-//             a*b = hi*hi + hi*lo + lo*hi, and what is dropped, lo*lo and the rest below lo, is at most 2^-21 of the
-//             product. (Markidis et al. 2018; Ootomo and Yokota 2022.)
-//     Range: the scale puts the largest |a| that shares it into [2^14, 2^15), so that lo keeps all its bits for every
-//       number down to 2^-17 of the largest, and what is lost below that is at most 2^-39 of the largest. x has one
-//       scale a row, W one for every row and block of 64 k.
-//     Small sums: where a row's large entries meet zeros, the result is made of those that have lost bits. The epilogue
-//       knows such sums by their size (see are_lost), and they are computed again in float32. For kRounded and
-//       kStaged, too.
-//     Accumulation: the tensor core truncates when it adds to its float32 accumulator. So it only ever adds one block
-//       of 64 k to a fresh `partial`; the partial is scaled back (exact) and added to `total` by an ordinary fma.
-//   kRounded  float32 where PyTorch allows TF32: hi alone, one product, as precise as TF32 at twice its rate.
-//     Accumulation: as above where K is split. In tiles of 256 rows the tensor core adds up all of K, and W has one
-//     scale a row, which only ever shrinks: where a block of k brings a larger entry, the sums so far are scaled down.
-//   kStaged   the same from a copy of W that is rounded beforehand, with one scale a row.
-//   kNative   float16 or bfloat16 as they are.
-//
-// Data flow. x as float32 is converted beforehand, by split_rows_kernel, and multiplied from shared memory. W as
-//   float32 comes by TMA to shared memory and is converted in the kernel; nothing about it is stored in global memory.
-//   In tiles of 256 rows a warpgroup of converters does that: from W's ring to registers, from there to a second ring,
-//   from which it is multiplied. In smaller tiles the consumers do it: each thread loads its part of the fragment,
-//   finds the scale with its three neighbours, and A is multiplied from registers. Where both have 16 bits they are
-//   multiplied from shared memory as they come.
-// Tile. A block computes 128 columns of out, half of them each consumer warpgroup, and kRows rows. A wgmma covers
-//   kPanelM of them: all, or with converters 128 of 256, in two panels.
-// Warps. One producer thread issues TMA for W, one for x. Where the consumers add up partials the two warpgroups take
-//   turns with the tensor cores (but with 128 rows that split K): each does so in the other's turn, and splits W, if it
-//   must, while its own products run.
-// Rings. W, converted W and x have a ring of shared-memory stages each, every stage with two barriers:
-//   full: bytes have landed -> who reads;  empty: every warp that reads it is done -> who writes.
-//   W as float32 is free once it is in registers; all else once its products are finished.
-// Clusters. Where there are many rows, a cluster has two blocks.
-//   With converters they need the same W, for different rows of x: each loads and converts 64 of its 128 rows, and
-//     sends them to the other's shared memory. So a converted stage's `empty` barrier counts both blocks' consumers.
-//   Else they need the same x: each loads half of it, and TMA multicasts that to both, which halves what x costs the L2
-//     cache. So an x stage's `empty` barrier counts both blocks' consumer warps.
-//   Where there are few rows, the work is to read W, and tiles are fewer than SMs: the blocks of a cluster, up to four,
-//     share a tile, each takes a part of K, and they add up their sums through distributed shared memory, in an order
-//     that is always the same.
-// Order of k. A product may sum k in any order if both operands agree. A consumer loads W in 16 bytes, four consecutive
-//   k, where the fragment wants k = 2q, 2q+1, 2q+8, 2q+9 (q = lane % 4); so split_rows_kernel stores each group of 16 k
-//   in the order 0 1 4 5 8 9 12 13 2 3 6 7 10 11 14 15 for it. Converters keep the order that k has.
-// Rows behind the last. What TMA fills with zeros, because it is outside, takes longer than what it copies. So where x
-//   is converted and has more than 128 rows it gets copies of its last one, up to whole panels; as 16 bits it is the
-//   caller's, and the last tile of 256 rows begins so early that it ends with x (kOverlaps), and of fewer rows than a
-//   smaller tile has no more are loaded.
-// Stores. From registers, 32 bytes of a row at a time; of 16 bits, in tiles of 256 rows, through shared memory, by TMA,
-//   unless rows of out or of W are not in multiples of 16 bytes.
-// What short launches wait for. W is fetched as soon as its barriers are set up, before the block's other warps begin,
-//   and code that rarely runs lies behind the code that every launch runs: with few rows these are microseconds.
-
-namespace hopper {
-
-enum class Operands { kSplit, kRounded, kStaged, kNative };
-
-constexpr int kTileN = 128, kTileK = 64;
-constexpr int kMaxRows = 256;              // of any tile
-constexpr int kPaddedRows = 2 * kMaxRows;  // a cluster's rows at most: inverse_scale is as long as multiples of them
-constexpr int kConsumerWarpgroups = kTileN / 64;
-constexpr int kConsumerThreads = 128 * kConsumerWarpgroups;
-[[maybe_unused]] constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
-[[maybe_unused]] constexpr int kConverterWarps = 4;  // where a cluster's blocks share W
-constexpr int kMaxSplits = 4;                        // blocks that share a tile
-constexpr int kMaxShared = 232448;                   // bytes of a Hopper block
-
-// Where blocks share a tile, each finishes some of its groups of 8 rows, and the others send it their sums for these.
-[[maybe_unused]] constexpr int kGroupBytes = 16 * kConsumerThreads;
-constexpr int most_groups_sent(int groups) {  // to a block
-  int most = 0;
-  for (int blocks = 2; blocks <= kMaxSplits; ++blocks)
-    most = std::max(most, (blocks - 1) * ((groups + blocks - 1) / blocks));
-  return most;
-}
-
-// What a block computes, and how. Element: of x, W, bias and out.
-template <Operands kOperands_, typename Element_, int kRows_, bool kSplitK_, bool kTransposedW_ = false> struct Tile {
-  using Element = Element_;
-  static constexpr Operands kOperands = kOperands_;
-  static constexpr int kRows = kRows_;
-  static constexpr bool kSplitK = kSplitK_;            // a cluster's blocks share a tile, or else W or x
-  static constexpr bool kTransposedW = kTransposedW_;  // W comes as [k, n], or else as [n, k]
-  static_assert(!kTransposedW || kOperands == Operands::kSplit);
-  static constexpr bool kIsFloat = std::is_same_v<Element, float>;
-  static constexpr int kParts = kOperands == Operands::kSplit ? 2 : 1;  // hi, lo
-  static constexpr bool kConvertsW = kOperands == Operands::kSplit || kOperands == Operands::kRounded;
-  // Float32 W is converted by warps of its own, half of it in each block of a cluster, or else by the consumers.
-  static constexpr bool kSharesW = kConvertsW && !kSplitK && kRows == 256;
-  static constexpr bool kFromRegisters = kConvertsW && !kSharesW;  // wgmma's A
-  // Whether the tensor core only adds up 64 k, or else all.
-  static constexpr bool kPromotes = kOperands == Operands::kSplit || kFromRegisters;
-  static constexpr bool kKeepsOrder = kTransposedW || kSharesW;  // of k, in x as it is stored
-  static constexpr int kClusterBlocks = kSplitK ? 1 : 2;         // where they do not share a tile
-  static constexpr int kSharers = kSplitK || kSharesW ? 1 : 2;   // blocks that load an x stage together
-  // Whether the last of several tiles begins so early that all its rows are in x: what TMA fills with zeros, because it
-  // is outside, takes longer than what it copies. Rows in two tiles are stored twice, with the same bits.
-  static constexpr bool kOverlaps = kOperands == Operands::kNative && !kSplitK;
-  static constexpr int kPanels = kSharesW ? 2 : 1;
-  static constexpr int kPanelM = kRows / kPanels;  // columns of wgmma's B
-  // Rows of x in one of TMA's boxes: a block's slice of a panel. Where x is the caller's and has fewer rows than a
-  // tile, no more: what comes of the rows behind the last, whatever is there, is not stored.
-  static __host__ __device__ constexpr int box_rows_of_x(int m) {
-    return kOperands == Operands::kNative && kSplitK && m < kPanelM ? m : kPanelM / kSharers;
-  }
-  // W's stage: boxes whose rows have 128 bytes. [2][kWRows][32] floats, [kWRows / 32][kTileK][32] floats of a
-  // transposed W, or [kTileN][64] of 16 bits.
-  using WElement = std::conditional_t<kOperands == Operands::kStaged, __half, Element>;  // as it comes by TMA
-  using Multiplied = std::conditional_t<kIsFloat, __half, Element>;
-  static constexpr int kWRows = kSharesW ? kTileN / 2 : kTileN;
-  static constexpr int kWBoxRows = kTransposedW ? kTileK : kWRows;
-  static constexpr int kWStageBytes = kWRows * kTileK * int(sizeof(WElement));
-  static constexpr int kWBoxes = kWStageBytes / (kWBoxRows * 128);
-  // Measured with kSplit: without turns 2 to 8 % more time, but no more with 128 rows that split K.
-  static constexpr bool kTakesTurns = kPromotes && !(kSplitK && kRows == 128);
-  static constexpr int kColumnStep = kTransposedW && kFromRegisters ? 1 : 8;  // between a thread's two columns of out
-  static constexpr int kXPartBytes = kPanelM * kTileK * 2;                    // half or Element [kPanelM][kTileK]
-  static constexpr int kXStageBytes = kParts * kXPartBytes;                   // one panel
-  static constexpr int kGroups = kRows / 8;                                   // of 8 rows
-  // Where blocks share a tile: what the others send this one. See the epilogue.
-  static constexpr int kSentGroupBytes = kSplitK ? most_groups_sent(kGroups) * kGroupBytes : 0;
-  static constexpr int kSentInverseBytes = kSplitK && kIsFloat ? kTileN * 4 : 0;  // from each
-  static constexpr int kSumBytes = kSentGroupBytes + (kMaxSplits - 1) * kSentInverseBytes;
-  // Whether out and z can leave by TMA, as boxes of kBoxRows rows by a consumer's 64 columns, each consumer's two in
-  // turns.
-  static constexpr bool kStoresBoxes = kOperands == Operands::kNative && !kSplitK;
-  static constexpr int kBoxRows = 64, kBoxBytes = kBoxRows * 64 * 2;
-  static constexpr int kBoxesBytes = kStoresBoxes ? 2 * kConsumerWarpgroups * kBoxBytes : 0;
-  // Where blocks share W, another ring has it converted: kParts times half [kTileN][kTileK], and the inverses of the
-  // rows' scales. Measured: two stages are too few for hi and lo.
-  static constexpr int kConvertedStages = !kSharesW ? 0 : kParts == 2 ? 3 : 4;
-  static constexpr int kConvertedPartBytes = kTileN * kTileK * 2, kConvertedBytes = kParts * kConvertedPartBytes;
-  static constexpr int kInverseBytes = kTileN * 4;
-  static constexpr int kConvertedRingBytes = kConvertedStages * (kConvertedBytes + kInverseBytes);
-  // 1024: barriers, and alignment
-  static constexpr int kRoom = kMaxShared - kSumBytes - kConvertedRingBytes - kBoxesBytes - 1024;
-  // Measured: 'high' wants four stages of float32 W, kSplit two; x has what is left.
-  static constexpr int kXStages = kSharesW ? std::min(12, (kRoom - 4 / kParts * kWStageBytes) / kXStageBytes)
-                                           : std::min(12, kRoom / (kWStageBytes + kXStageBytes));
-  static constexpr int kWStages = std::min(12, (kRoom - kXStages * kXStageBytes) / kWStageBytes);
-  static constexpr int kBarrierBytes = (2 * (kWStages + kXStages + kConvertedStages) + 1) * 8;
-  static constexpr int kSharedBytes =
-      kWStages * kWStageBytes + kXStages * kXStageBytes + kConvertedRingBytes + kBoxesBytes + kSumBytes + kBarrierBytes;
-  static constexpr int kWarpgroups = 1 + kSharesW + kConsumerWarpgroups, kThreads = 128 * kWarpgroups;
-  // The compiler gives every thread as many registers as the register file has for so many, in multiples of 8; what the
-  // producers and converters let go of goes to the consumers.
-  static constexpr int kProducerRegisters = 24, kConverterRegisters = 72, kConsumerRegisters = kSharesW ? 208 : 240;
-  static_assert(kProducerRegisters + kSharesW * kConverterRegisters + kConsumerWarpgroups * kConsumerRegisters <=
-                    65536 / kThreads / 8 * 8 * kWarpgroups,
-                "or the consumers would wait for registers for ever");
-  static_assert(kXStages >= 2 && kWStages >= 2 && kSharedBytes <= kMaxShared && kRows <= kMaxRows);
-  static_assert(kXPartBytes / kSharers % 1024 == 0, "the swizzle repeats every 1024 bytes");
-};
+// The scale puts the largest |a| that shares it into [2^14, 2^15), so that lo keeps all its bits for every number down
+// to 2^-17 of the largest, and what is lost below that is at most 2^-39 of the largest.
 
 // The scale of a group of numbers, from the largest |a| among them: 2^(14 - exponent), at most 2^126 so that its
 // inverse is a normal number too (the largest is then below 2^-112 and every bit of it is kept anyway).
@@ -657,6 +526,7 @@ __device__ __forceinline__ float scale_of(float largest) {
 __device__ __forceinline__ float inverse_of(float scale) {
   return __uint_as_float((254u << 23) - __float_as_uint(scale));
 }
+[[maybe_unused]] constexpr float kSmallestInverse = 0x1p-126f;  // of zeros and of numbers so small that none loses bits
 
 // Two scaled numbers as hi and lo, packed as wgmma and shared memory want them: the first in the lower half.
 __device__ __forceinline__ void split2(float a, float b, float scale, uint32_t& hi, uint32_t& lo) {
@@ -665,6 +535,12 @@ __device__ __forceinline__ void split2(float a, float b, float scale, uint32_t& 
   const __half2 l = __floats2half2_rn(a * scale - back.x, b * scale - back.y);
   hi = reinterpret_cast<const uint32_t&>(h), lo = reinterpret_cast<const uint32_t&>(l);
 }
+
+// ---------------------------------------------------------------------------- preparing rows of x and W
+// For any architecture: a row's scale and its split into hi and lo, and copies whose rows TMA can read.
+
+constexpr int kTileK = 64;            // k are multiplied in blocks of so many
+constexpr int kPaddedRowsUnit = 512;  // inverse_scale is as long as multiples of so many rows
 
 // The inverse of a row's scale, a power of two, and in the last bit of its mantissa whether entries were so small for
 // the scale that they became zero.
@@ -678,10 +554,10 @@ struct RowScale {
 
 // What split_rows_kernel makes of a matrix [m, k]. One allocation, whose parts are 128-byte aligned.
 struct SplitRows {
-  int padded_k;     // k up to whole blocks
-  int rows;         // m and some more, see rows_of
-  __half *hi, *lo;  // [rows, padded_k], k in its order or in the one described above; lo is hi where there is one part
-  float* inverse_scale;  // [m up to a multiple of kPaddedRows]; see RowScale
+  int padded_k;          // k up to whole blocks
+  int rows;              // m and padding rows
+  __half *hi, *lo;       // [rows, padded_k]; lo is hi where there is one part
+  float* inverse_scale;  // [m up to a multiple of kPaddedRowsUnit]; see RowScale
 
   SplitRows(void* scratch, int64_t m, int64_t k, int parts)
       : padded_k(int((k + kTileK - 1) / kTileK * kTileK)),
@@ -690,36 +566,35 @@ struct SplitRows {
         lo(hi + (parts - 1) * part_size()),
         inverse_scale(reinterpret_cast<float*>(lo + part_size())) {}
   int64_t part_size() const { return int64_t(rows) * padded_k; }
-  // Where there are more than 128, whole panels of 128, for the reason that kOverlaps has. The rows behind the last, as
-  // far as tiles read them, are copies of it: sums of 0 would look as if they had lost their bits.
+  // More than 128 rows are padded to whole panels of 128, because TMA takes longer to fill with zeros what is outside
+  // than to copy. Padding rows are copies of the last row: sums of 0 would look as if they had lost their bits.
   static int64_t rows_of(int64_t m) { return m <= 128 ? m : (m + 127) / 128 * 128; }
-  static int64_t padded_m(int64_t m) { return (m + kPaddedRows - 1) / kPaddedRows * kPaddedRows; }
+  static int64_t padded_m(int64_t m) { return (m + kPaddedRowsUnit - 1) / kPaddedRowsUnit * kPaddedRowsUnit; }
   static int64_t bytes(int64_t m, int64_t k, int parts) {
     const SplitRows split(nullptr, m, k, parts);
     return (reinterpret_cast<uintptr_t>(split.inverse_scale + padded_m(m)) + 127) / 128 * 128;
   }
 };
 
-// Four numbers of a row of k, zeros behind. is_aligned: the row begins at a multiple of 16 bytes, and k
-// and `at` are multiples of 4.
+// Four numbers of a row of k, zeros behind. is_aligned: the row begins at a multiple of 16 bytes, and k and `at` are
+// multiples of 4.
 __device__ __forceinline__ float4 load_four(const float* row, int at, int k, bool is_aligned) {
   if (is_aligned) return at < k ? *reinterpret_cast<const float4*>(row + at) : float4{0, 0, 0, 0};
   auto load = [&](int at_) { return at_ < k ? row[at_] : 0; };
   return {load(at), load(at + 1), load(at + 2), load(at + 3)};
 }
 
-// One block for each row of x [m, k] with row stride x_stride, and for the rows missing to whole tiles, which get
-// copies of the last as far as `split` has them, and inverse_scale 0. kBlockThreads: more where few rows make the next
-// kernel wait, which begins on an SM when its blocks are done. kParts: 2 for hi and lo, 1 for hi. keeps_order: k keeps
-// its order, or else has that of wgmma's fragments.
+// One block for each row of x [m, k] with row stride x_stride, and for the padding rows up to whole tiles, which become
+// copies of the last row as far as `split` has them, with inverse_scale 0. kBlockThreads: more where few rows make the
+// next kernel wait, which begins on an SM when its blocks are done. kParts: 2 for hi and lo, 1 for hi. keeps_order: k
+// keeps its order, or else has that of wgmma's fragments (see "The order of k").
 template <int kBlockThreads, int kParts>
 __global__ void __launch_bounds__(kBlockThreads)
     split_rows_kernel(const float* __restrict__ x, int64_t x_stride, const SplitRows split, int m, int k,
                       bool is_aligned, bool keeps_order) {
-#ifdef HAS_SM90A
   griddepcontrol_launch_dependents();
-  const bool is_missing = blockIdx.x >= m;
-  if (is_missing && threadIdx.x == 0) split.inverse_scale[blockIdx.x] = 0;
+  const bool is_padding = blockIdx.x >= m;
+  if (is_padding && threadIdx.x == 0) split.inverse_scale[blockIdx.x] = 0;
   if (blockIdx.x >= split.rows) return;
   const float* row = x + min(int(blockIdx.x), m - 1) * x_stride;
   auto load4 = [&](int at) { return load_four(row, at, k, is_aligned); };
@@ -734,16 +609,17 @@ __global__ void __launch_bounds__(kBlockThreads)
     for (int i = 0; i < kHeld; ++i) four(held[i]);
     for (int at = threadIdx.x * 4 + kHeld * kStride; at < k; at += kStride) four(load4(at));
   };
-  // The largest |x| of the row, from the bits of non-negative floats, which are ordered like the floats.
+
+  // The row's largest |x|, from the bits of non-negative floats, which are ordered like the floats.
   __shared__ uint32_t of_warp[kBlockThreads / 32];
   float largest = 0;
   for_each([&](float v) { largest = fmaxf(largest, fabsf(v)); });
-  const uint32_t in_warp = __reduce_max_sync(~0u, __float_as_uint(largest));
+  const uint32_t in_warp = warp_max(__float_as_uint(largest));
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = in_warp;
   __syncthreads();
-  const float scale = scale_of(__uint_as_float(__reduce_max_sync(~0u, of_warp[threadIdx.x % (kBlockThreads / 32)])));
+  const float scale = scale_of(__uint_as_float(warp_max(of_warp[threadIdx.x % (kBlockThreads / 32)])));
   uint32_t* inverse_scale = reinterpret_cast<uint32_t*>(split.inverse_scale + blockIdx.x);
-  if (threadIdx.x == 0 && !is_missing) *inverse_scale = __float_as_uint(inverse_of(scale));
+  if (threadIdx.x == 0 && !is_padding) *inverse_scale = __float_as_uint(inverse_of(scale));
   __syncthreads();
 
   // Thread q of four has k = 4q .. 4q+3 of a group of 16. The fragment's order wants its first two in the group's first
@@ -775,1014 +651,8 @@ __global__ void __launch_bounds__(kBlockThreads)
   if (__low2float(smallest) == 0 || __high2float(smallest) == 0) {
     bool has_vanished = false;  // or were the numbers themselves 0?
     for_each([&](float v) { has_vanished |= v != 0 && fabsf(v * scale) <= 0x1p-25f; });
-    if (has_vanished && !is_missing) atomicOr(inverse_scale, RowScale::kVanished);
+    if (has_vanished && !is_padding) atomicOr(inverse_scale, RowScale::kVanished);
   }
-#endif
-}
-
-// Which tiles come when. Where blocks of a cluster share x they have tiles side by side along n, where W, along m.
-// Clusters are numbered along m first, in groups of 1024 rows, then n: what runs at the same time shares W's tiles,
-// which are the larger traffic, and the group's part of x stays in the L2 cache.
-template <typename T> struct TileScheduler {
-  static constexpr int kClusterM = T::kRows * (T::kSharesW ? 2 : 1), kClusterN = kTileN * T::kSharers;
-  static constexpr int kGroupM = 1024 / kClusterM;
-  int clusters_m, clusters_n;
-  int last_m;  // the last tile's first row, where it overlaps the one before
-
-  __host__ __device__ TileScheduler(int m, int n)
-      : clusters_m((m + kClusterM - 1) / kClusterM),
-        clusters_n((n + kClusterN - 1) / kClusterN),
-        last_m(m > kClusterM ? m - kClusterM : 0) {}
-  __host__ __device__ int clusters() const { return clusters_m * clusters_n; }
-
-#ifdef HAS_SM90A
-  // body(m0, n0) with the first row and column of out of the tile that block `rank` has of a cluster.
-  template <typename Body> __device__ __forceinline__ void tile(int cluster, uint32_t rank, Body body) const {
-    const int per_group = kGroupM * clusters_n;
-    const int first_m = cluster / per_group * kGroupM, size_m = min(kGroupM, clusters_m - first_m);
-    const int cluster_m = first_m + cluster % per_group % size_m, cluster_n = cluster % per_group / size_m;
-    const int m0 = cluster_m * kClusterM;
-    body((T::kOverlaps ? min(m0, last_m) : m0) + (T::kSharesW ? int(rank) * T::kRows : 0),
-         cluster_n * kClusterN + (T::kSharers > 1 ? int(rank) * kTileN : 0));
-  }
-  // The tiles of this block, which is number `rank` of `blocks`, one after the other: a single one where they share it.
-  template <typename Body>
-  __device__ __forceinline__ void for_each_tile(uint32_t rank, uint32_t blocks, Body body) const {
-    int cluster = blockIdx.x / blocks;
-#pragma unroll 1
-    do {
-      tile(cluster, rank, body);
-      cluster += gridDim.x / blocks;
-    } while (!T::kSplitK && cluster < clusters());
-  }
-#endif
-};
-
-struct Arguments {
-  const void* x;               // [m, k], row stride x_stride; x, w, bias, out and z of the tile's Element
-  const void* w;               // [n, k], row stride w_stride
-  const void* bias;            // [n]
-  void* out;                   // [m, n]
-  void* z;                     // [m, n], or null where it is not wanted
-  SplitRows x_split, w_split;  // of x, where it is float32; of W with kStaged
-  int64_t x_stride, w_stride;
-  int m, n, k;
-  float scale;           // s
-  bool is_aligned;       // rows of x and W begin at multiples of 16 bytes, and k is one of 4
-  bool can_store_boxes;  // rows of out and z do
-};
-
-// Of out and z, where they are stored as boxes. z: zeros where it is not wanted.
-template <bool kStoresBoxes> struct StoreMaps {
-  CUtensorMap out, z;
-};
-template <> struct StoreMaps<false> {};
-
-#ifdef HAS_SM90A
-
-// Where a ring of stages is used next, and the parity its barriers are waited for with.
-template <int kStages> struct Ring {
-  uint32_t stage = 0, phase = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) stage = 0, phase ^= 1;
-  }
-};
-
-// A thread's part of float32 W in one block of 64 k: wgmma's four steps of 16 k, and the scales of its two rows, r and
-// r + 8.
-struct WBlock {
-  float step[4][8];  // four consecutive k of row r, four of row r + 8
-  float scale[2];
-};
-
-// address: of the thread's 16 bytes of step 0 in row r. Under the swizzle those of step 1 differ in one bit.
-__device__ __forceinline__ void load_step(WBlock& block, int step, uint32_t address) {
-  address = (step % 2 ? address ^ 64 : address) + step / 2 * (kTileN * 128);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float4 v = ld_shared_v4(address + half * (8 * 128));
-    float* to = block.step[step] + 4 * half;
-    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-  }
-}
-
-// The same of a transposed W, whose k are in their own order. address: of the thread's 8 bytes, rows r and r + 8, in
-// k = 2q. Those of k = 2q + 1 differ in one bit under the swizzle, those of k + 8 do not.
-__device__ __forceinline__ void load_step_transposed(WBlock& block, int step, uint32_t address) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {  // k = 2q, 2q + 1, 2q + 8, 2q + 9
-    const int k = step * 16 + i % 2 + i / 2 * 8;
-    const float2 v = ld_shared_v2((i % 2 ? address ^ 16 : address) + k * 128);
-    block.step[step][i] = v.x, block.step[step][4 + i] = v.y;
-  }
-}
-
-// For the largest |w| of a row's 64: this thread's sixteen and its three neighbours'. half: row r or r + 8.
-__device__ __forceinline__ float scale_of_row(const WBlock& block, int half) {
-  float largest = 0;
-#pragma unroll
-  for (int i = 0; i < 16; ++i) largest = fmaxf(largest, fabsf(block.step[i / 4][4 * half + i % 4]));
-  largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
-  largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-  return scale_of(largest);
-}
-
-// A step's part of operand A: the four registers of wgmma's 64 x 16 fragment, hi, then lo where there are two parts.
-template <int kParts> __device__ __forceinline__ void split_step(uint32_t* fragment, const WBlock& block, int step) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {  // row r or r + 8, the earlier two k or the later
-    const float* two = block.step[step] + 4 * (i % 2) + i / 2 * 2;
-    uint32_t lo;
-    split2(two[0], two[1], block.scale[i % 2], fragment[i], lo);
-    if (kParts == 2) fragment[4 + i] = lo;
-  }
-}
-
-// sum + a * b, term by term as a plain float32 dot product does it.
-__device__ __forceinline__ float add_dot(float4 a, float4 b, float sum) {
-  return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
-}
-
-// wgmma's description of a K-major operand with 128-byte swizzle, 8 rows of 128 bytes being 1024 contiguous bytes: its
-// lower half, in which adding 1 moves the operand by 16 bytes, and its upper half.
-__device__ __forceinline__ uint32_t matrix_descriptor(uint32_t address) { return address >> 4 | 1 << 16; }
-constexpr uint64_t kDescriptorUpper = uint64_t(1024 >> 4 | 1 << 30) << 32;
-
-#endif  // HAS_SM90A
-
-template <typename T>
-__global__ void __launch_bounds__(T::kThreads, 1)
-    linear_kernel(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_map,
-                  const __grid_constant__ CUtensorMap x_lo_map,
-                  const __grid_constant__ StoreMaps<T::kStoresBoxes> store_maps,
-                  const __grid_constant__ Arguments args) {
-#ifdef HAS_SM90A
-  using Element = typename T::Element;
-  constexpr int kFirstConsumer = T::kThreads / 32 - kConsumerWarps;
-  constexpr int kPanels = T::kPanels, kWStages = T::kWStages, kXStages = T::kXStages,
-                kConvertedStages = T::kConvertedStages;
-  extern __shared__ __align__(1024) uint8_t shared_memory[];  // the swizzle repeats every 1024 bytes
-  const uint32_t w_stages = shared_address(shared_memory), x_stages = w_stages + kWStages * T::kWStageBytes;
-  const uint32_t converted = x_stages + kXStages * T::kXStageBytes;  // converted W, and behind it the scales' inverses
-  const uint32_t inverses = converted + kConvertedStages * T::kConvertedBytes;
-  const uint32_t boxes = converted + T::kConvertedRingBytes;  // of out and z, on their way
-  const uint32_t sums = boxes + T::kBoxesBytes;               // what blocks that share a tile send this one
-  const uint32_t w_full = sums + T::kSumBytes, w_empty = w_full + 8 * kWStages;
-  const uint32_t x_full = w_empty + 8 * kWStages, x_empty = x_full + 8 * kXStages;
-  const uint32_t converted_full = x_empty + 8 * kXStages, converted_empty = converted_full + 8 * kConvertedStages;
-  const uint32_t sums_full = converted_empty + 8 * kConvertedStages;
-  const uint32_t rank = cluster_ctarank(), blocks = T::kSplitK ? cluster_nctarank() : T::kClusterBlocks;
-  // Through a shuffle, so that the compiler knows it to be the same in the whole warp and keeps what follows from it
-  // in uniform registers.
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-
-  // Where blocks share a tile: the groups of 8 rows that this one finishes.
-  const int groups_per_block = (T::kGroups + int(blocks) - 1) / int(blocks);
-  const int first_group = min(int(rank) * groups_per_block, T::kGroups);
-  const int last_group = min(first_group + groups_per_block, T::kGroups);
-
-  // This block's part of k, in blocks of 64.
-  const int all_blocks = (args.k + kTileK - 1) / kTileK;
-  const int k_begin = T::kSplitK ? int(int64_t(all_blocks) * rank / blocks) : 0;
-  const int k_end = T::kSplitK ? int(int64_t(all_blocks) * (rank + 1) / blocks) : all_blocks;
-
-  const int k_loaded = min(k_end, k_begin + kWStages);  // up to here W is fetched before all else begins
-  const TileScheduler<T> scheduler(args.m, args.n);
-  auto fetch_w = [&](int n0, int k_block, Ring<kWStages>& ring) {
-    const uint32_t barrier = w_full + 8 * ring.stage, to = w_stages + ring.stage * T::kWStageBytes;
-    mbarrier_arrive_expect_tx(barrier, T::kWStageBytes);
-    const int k0 = k_block * kTileK;
-    if (T::kSharesW) n0 += int(rank) * T::kWRows;  // this block's half
-    for (int box = 0; box < T::kWBoxes; ++box)
-      cp_async_bulk_tensor_2d(to + box * T::kWBoxRows * 128, &w_map, T::kTransposedW ? n0 + box * 32 : k0 + box * 32,
-                              T::kTransposedW ? k0 : n0, barrier, 1 << rank);
-    ring.advance();
-  };
-
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kWStages; ++i) {
-      mbarrier_init(w_full + 8 * i, 1);
-      mbarrier_init(w_empty + 8 * i, T::kSharesW ? kConverterWarps : kConsumerWarps);
-    }
-    for (int i = 0; i < kConvertedStages; ++i) {
-      mbarrier_init(converted_full + 8 * i, 32 * kConverterWarps);
-      mbarrier_init(converted_empty + 8 * i, (32 + 1) * kConsumerWarps);
-    }
-    for (int i = 0; i < kXStages; ++i) {
-      mbarrier_init(x_full + 8 * i, 1);
-      mbarrier_init(x_empty + 8 * i, kConsumerWarps * T::kSharers);
-    }
-    mbarrier_init(sums_full, 1);
-    fence_mbarrier_init();
-    if (T::kSplitK)  // what every other block sends this one
-      mbarrier_arrive_expect_tx(sums_full, (int(blocks) - 1) * ((last_group - first_group) * kGroupBytes +
-                                                                (last_group > first_group ? T::kSentInverseBytes : 0)));
-    // W's ring is empty, and this block's own: it can be filled at once.
-    scheduler.tile(blockIdx.x / blocks, rank, [&](int, int n0) {
-      Ring<kWStages> ring;
-#pragma unroll 1
-      for (int k_block = k_begin; k_block < k_loaded; ++k_block) fetch_w(n0, k_block, ring);
-    });
-    prefetch_tensormap(&x_map);
-    prefetch_tensormap(&x_lo_map);
-  }
-  __syncthreads();
-  // Before anything of another block's is touched; where they share a tile that is at its end.
-  barrier_cluster_arrive_relaxed();
-  if (!T::kSplitK) barrier_cluster_wait();
-
-  // A tile's panels that have rows of x. Measured: those that have none, loaded as zeros, take longer than others.
-  auto panels_of = [&](int m0) {
-    return T::kSharesW ? max(0, min(kPanels, (args.m - m0 + T::kPanelM - 1) / T::kPanelM)) : 1;
-  };
-
-  // No block may end while another still multicasts or copies to it, or arrives on its barriers.
-  auto end = [] {
-    if (T::kSplitK) return;
-    barrier_cluster_arrive();
-    barrier_cluster_wait();
-  };
-
-  if (warp < 4) {  // ------------------------------------------------------------ producers
-    setmaxnreg_dec<T::kProducerRegisters>();
-    if (lane == 0 && warp < 2) {
-      auto issue_x = [&](int m0, int k_block, Ring<kXStages> ring) {  // this block's slice, for all that share it
-        const int slice = T::kSharers == 1 ? 0 : int(rank) * T::box_rows_of_x(args.m);
-        const uint16_t sharers = T::kSharers == 1 ? 1 << rank : (1 << T::kSharers) - 1;
-        const uint32_t barrier = x_full + 8 * ring.stage;
-        const uint32_t to = x_stages + ring.stage * T::kXStageBytes + slice * 128;
-        mbarrier_wait(x_empty + 8 * ring.stage, ring.phase ^ 1);
-        mbarrier_arrive_expect_tx(barrier, T::kParts * T::kSharers * T::box_rows_of_x(args.m) * kTileK * 2);
-        for (int part = 0; part < T::kParts; ++part)
-          cp_async_bulk_tensor_2d(to + part * T::kXPartBytes, part ? &x_lo_map : &x_map, k_block * kTileK, m0 + slice,
-                                  barrier, sharers);
-      };
-
-      // Two threads, so that W may run ahead by its whole ring while x waits for a stage, and the other way round.
-      if (warp == 0) {
-        int first = k_loaded;
-        Ring<kWStages> ring;  // as it is after these
-        if (first - k_begin < kWStages) ring.stage = first - k_begin;
-        if (first - k_begin == kWStages) ring.phase = 1;
-        scheduler.for_each_tile(rank, blocks, [&](int, int n0) {
-#pragma unroll 1
-          for (int k_block = first; k_block < k_end; ++k_block) {
-            mbarrier_wait(w_empty + 8 * ring.stage, ring.phase ^ 1);
-            fetch_w(n0, k_block, ring);
-          }
-          first = k_begin;
-        });
-      } else {
-        Ring<kXStages> ring;
-        // Another kernel may still be at a copy of x; W is the caller's, or a copy made before that one began.
-        griddepcontrol_wait();
-        scheduler.for_each_tile(rank, blocks, [&](int m0, int) {
-#pragma unroll 1
-          for (int k_block = k_begin; k_block < k_end; ++k_block)
-#pragma unroll 1
-            for (int panel = 0; panel < panels_of(m0); ++panel, ring.advance())
-              issue_x(m0 + panel * T::kPanelM, k_block, ring);
-        });
-      }
-    }
-    __syncwarp();  // the other lanes have waited here
-    if (T::kSplitK) barrier_cluster_wait();
-  } else if (warp < kFirstConsumer) {  // --------------------------------------------- converters
-    if constexpr (T::kSharesW) {
-      setmaxnreg_dec<T::kConverterRegisters>();
-      // Each warp converts 16 of this block's rows of W, a thread half a row, and sends them to the other block too.
-      constexpr int kWarpRows = T::kWRows / kConverterWarps, kHalf = kTileK / 2;
-      const int first_row = (warp - 4) * kWarpRows, row = first_row + lane / 2, swizzle = row % 8, half = lane % 2;
-      Ring<kWStages> w_ring;
-      Ring<kConvertedStages> ring;
-      scheduler.for_each_tile(rank, blocks, [&](int, int) {
-        float scale = scale_of(0);
-#pragma unroll 1
-        for (int k_block = k_begin; k_block < k_end; ++k_block, w_ring.advance(), ring.advance()) {
-          const uint32_t w_stage = w_stages + w_ring.stage * T::kWStageBytes;
-          float v[kHalf];
-          mbarrier_wait(w_full + 8 * w_ring.stage, w_ring.phase);
-          // So that the threads of a load touch all banks, those of the second half take its four k, or its chunks of
-          // 16 bytes, in another order.
-          if constexpr (T::kTransposedW) {
-            const uint32_t from =
-                (w_stage + (row / 32 * kTileK + half * kHalf) * 128 + row % 32 * 4) ^ half * 4 * (128 + 16);
-#pragma unroll
-            for (int k = 0; k < kHalf; ++k) v[k] = ld_shared((from ^ k % 8 * (128 + 16)) + k / 8 * 1024);
-          } else {
-            const uint32_t from = w_stage + (half * T::kWRows + row) * 128 + (half * 4 ^ swizzle) * 16;
-#pragma unroll
-            for (int i = 0; i < kHalf / 4; ++i) {
-              const float4 four = ld_shared_v4(from ^ i * 16);
-              v[4 * i] = four.x, v[4 * i + 1] = four.y, v[4 * i + 2] = four.z, v[4 * i + 3] = four.w;
-            }
-          }
-          float largest = 0;
-#pragma unroll
-          for (int k = 0; k < kHalf; ++k) largest = fmaxf(largest, fabsf(v[k]));
-          const float needed = scale_of(fmaxf(largest, __shfl_xor_sync(~0u, largest, 1)));
-          // Where the sums of all of K share a scale it only shrinks, and by more than it must, so that somewhat larger
-          // entries to come need no smaller one.
-          scale = T::kPromotes ? needed : needed < scale ? 0.25f * needed : scale;
-          __syncwarp();
-          if (lane == 0 && is_known(scale)) mbarrier_arrive(w_empty + 8 * w_ring.stage);
-          uint32_t parts[2][kHalf / 2];
-#pragma unroll
-          for (int i = 0; i < kHalf / 2; ++i) split2(v[2 * i], v[2 * i + 1], scale, parts[0][i], parts[1][i]);
-
-          const uint32_t stage = converted + ring.stage * T::kConvertedBytes + rank * (T::kWRows * 128);
-          const uint32_t stage_inverses = inverses + ring.stage * T::kInverseBytes + rank * (T::kWRows * 4);
-          mbarrier_wait(converted_empty + 8 * ring.stage, ring.phase ^ 1);
-#pragma unroll
-          for (int part = 0; part < T::kParts; ++part)
-#pragma unroll
-            for (int i = 0; i < kHalf / 8; ++i) {  // chunks of eight k
-              const uint32_t* v4 = parts[part] + 4 * i;
-              const bool swapped = T::kTransposedW && half;
-              const uint32_t chunk[4] = {swapped ? v4[2] : v4[0], swapped ? v4[3] : v4[1], swapped ? v4[0] : v4[2],
-                                         swapped ? v4[1] : v4[3]};
-              const int at = half * 4 + (T::kTransposedW ? i : i ^ half * 2);
-              st_shared_v4(stage + part * T::kConvertedPartBytes + row * 128 + (at ^ swizzle) * 16, chunk);
-            }
-          if (half == 0) st_shared(stage_inverses + row * 4, inverse_of(scale));
-          fence_proxy_async_shared();
-          __syncwarp();
-          // Every thread arrives for what it has stored, the first also for what the other block sends, and sends
-          // itself.
-          const uint32_t barrier = converted_full + 8 * ring.stage, other = rank ^ 1;
-          if (lane > 0) {
-            mbarrier_arrive(barrier);
-          } else {
-            mbarrier_arrive_expect_tx(barrier, T::kParts * kWarpRows * 128 + kWarpRows * 4);
-            auto send = [&](uint32_t from, int bytes) {
-              cp_async_bulk_shared(mapa(from, other), from, bytes, mapa(barrier, other));
-            };
-            for (int part = 0; part < T::kParts; ++part)
-              send(stage + part * T::kConvertedPartBytes + first_row * 128, kWarpRows * 128);
-            send(stage_inverses + first_row * 4, kWarpRows * 4);
-          }
-        }
-      });
-    }
-  } else {  // ------------------------------------------------------------------- consumers
-    setmaxnreg_inc<T::kConsumerRegisters>();
-    griddepcontrol_wait();  // for inverse_scale, of float32
-    const int consumer = (warp - kFirstConsumer) / 4, r = lane / 4, q = lane % 4;
-    // W's row that is the fragment's row r; row r + 8 is kColumnStep further. From registers: 0 4 1 5 2 6 3 7 of eight,
-    // so that the eight lanes that load 16 bytes together touch all banks under the swizzle, where rows r and r + 1
-    // would collide. Transposed: rows r and r + 8 are neighbours, for loads of 8 bytes.
-    auto row_of = [&](int r_) {
-      const int in_warp = !T::kFromRegisters ? r_ : T::kTransposedW ? 2 * r_ : r_ / 2 + r_ % 2 * 4;
-      return (warp - kFirstConsumer) * 16 + in_warp;
-    };
-
-    // [groups of 8 m][row r, row r + 8][m = 2q, 2q + 1], written [4 * groups]
-    float total[T::kRows / 2];
-    auto clear_total = [&] {
-#pragma unroll
-      for (int i = 0; i < T::kRows / 2; ++i) total[i] = 0;
-    };
-    // Of row r and of row r + 8: the largest inverse of a scale of W.
-    float largest_inverse[2];
-    auto note_inverse = [&](const float (&inverse)[2]) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) largest_inverse[half] = fmaxf(largest_inverse[half], inverse[half]);
-    };
-    // W's ring as the consumers see it: of what the converters make, where there are any.
-    using WRing = Ring<T::kSharesW ? kConvertedStages : kWStages>;
-    constexpr int kStageBytes = T::kSharesW ? T::kConvertedBytes : T::kWStageBytes;
-    const uint32_t stages = T::kSharesW ? converted : w_stages;
-    const uint32_t full = T::kSharesW ? converted_full : w_full, empty = T::kSharesW ? converted_empty : w_empty;
-    WRing w_ring;
-    Ring<kXStages> x_ring;
-    auto wait_for_w = [&] { mbarrier_wait(full + 8 * w_ring.stage, w_ring.phase); };
-    auto wait_for_x = [&] { mbarrier_wait(x_full + 8 * x_ring.stage, x_ring.phase); };
-    auto x_descriptor = [&] { return matrix_descriptor(x_stages + x_ring.stage * T::kXStageBytes); };
-    auto release_w = [&](WRing& ring, bool is_read = true) {
-      if (!T::kSharesW && lane == 0 && is_read) mbarrier_arrive(empty + 8 * ring.stage);
-      if (T::kSharesW) {  // every thread here, for the inverses that it has read, and a warp's first there
-        __syncwarp();
-        if (is_read) mbarrier_arrive(empty + 8 * ring.stage);
-        if (lane == 0 && is_read) mbarrier_arrive_remote(empty + 8 * ring.stage, rank ^ 1);
-      }
-      ring.advance();
-    };
-    auto release_x = [&](Ring<kXStages>& ring) {
-      if (T::kSharers == 1 && lane == 0) mbarrier_arrive(x_empty + 8 * ring.stage);
-      if (T::kSharers > 1 && lane < T::kSharers) mbarrier_arrive_remote(x_empty + 8 * ring.stage, lane);
-      ring.advance();
-    };
-
-    // ---- products of a block of float32 W and a panel, added up apart and then added to the total
-    float partial[T::kPromotes ? T::kPanelM / 2 : 1];
-    auto add_partial = [&](float* to, const float (&inverse)[2]) {
-#pragma unroll
-      for (int i = 0; i < T::kPanelM / 2; ++i) to[i] = fmaf(partial[i], inverse[i / 2 % 2], to[i]);
-    };
-    // The two warpgroups take turns to begin a panel: while one is between two, with nothing in the tensor cores, the
-    // other is not.
-    const int my_turn = 1 + consumer, other_turn = 2 - consumer;
-    auto await_turn = [&] {
-      if (T::kTakesTurns) bar_sync(my_turn, kConsumerThreads);
-    };
-    auto give_turn = [&] {
-      if (T::kTakesTurns) bar_arrive(other_turn, kConsumerThreads);
-    };
-    if (consumer == 1) give_turn();
-
-    // ---- both operands from shared memory: a panel's products with a block of W, which are added to sums
-    auto w_descriptor = [&] { return matrix_descriptor(stages + w_ring.stage * kStageBytes + consumer * (64 * 128)); };
-    [[maybe_unused]] auto multiply_panel = [&](float* sums, uint32_t w, bool is_first) {
-      using Multiplied = typename T::Multiplied;
-      using Product = Wgmma<T::kPanelM>;
-      wait_for_x();
-      const uint32_t x = x_descriptor();
-      await_turn();
-      wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {  // 16 k are 32 bytes, which is 2 in a descriptor
-        const uint64_t a = kDescriptorUpper | (w + 2 * step), b = kDescriptorUpper | (x + 2 * step);
-        const bool adds = !is_first || step > 0;
-        if (T::kParts == 2) {
-          Product::template multiply<Multiplied>(sums, a + T::kConvertedPartBytes / 16, b, adds);
-          Product::template multiply<Multiplied>(sums, a, b + T::kXPartBytes / 16, 1);
-        }
-        Product::template multiply<Multiplied>(sums, a, b, T::kParts == 2 || adds);
-      }
-      wgmma_commit_group();
-      give_turn();
-    };
-
-    // ---- from what the converters make
-    auto load_inverses = [&](float (&inverse)[2]) {
-      const uint32_t from = inverses + w_ring.stage * T::kInverseBytes + row_of(r) * 4;
-      inverse[0] = ld_shared(from), inverse[1] = ld_shared(from + T::kColumnStep * 4);
-    };
-    [[maybe_unused]] auto multiply_converted = [&](int panels) {
-      clear_total();
-#pragma unroll 1
-      for (int left = k_end - k_begin; left > 0; --left) {
-        wait_for_w();
-        float inverse[2];
-        load_inverses(inverse);
-        note_inverse(inverse);
-        const uint32_t w_block = w_descriptor();
-#pragma unroll
-        for (int panel = 0; panel < kPanels; ++panel) {
-          if (panel >= panels) continue;
-          multiply_panel(partial, w_block, true);
-          wgmma_wait_group<0>();
-          release_x(x_ring);
-          add_partial(total + panel * (T::kPanelM / 2), inverse);
-        }
-        release_w(w_ring, is_known(inverse[0]) && is_known(inverse[1]));
-      }
-    };
-
-    // ---- from registers, converted here
-    WBlock w;
-    // The thread's first bytes in a stage. Transposed: in row k = 2q of the box that has the warp's columns.
-    const uint32_t w_address =
-        w_stages + (T::kTransposedW ? row_of(0) / 32 * (kTileK * 128) + 2 * q * 128 +
-                                          ((row_of(r) % 32 / 4) ^ (2 * q)) * 16 + row_of(r) % 4 * 4
-                                    : row_of(r) * 128 + (q ^ row_of(r) % 8) * 16);
-    auto load_w = [&](int step) {
-      const uint32_t address = w_address + w_ring.stage * T::kWStageBytes;
-      if constexpr (T::kTransposedW)
-        load_step_transposed(w, step, address);
-      else
-        load_step(w, step, address);
-    };
-    // The scales of what was loaded, after which the stage is given back. They need all of it, and the release is made
-    // to depend on them: issued right behind the loads, it would overtake those that wait behind queued wgmmas.
-    auto find_scales = [&] {
-      w.scale[0] = scale_of_row(w, 0), w.scale[1] = scale_of_row(w, 1);
-      __syncwarp();
-      release_w(w_ring, is_known(w.scale[0]) && is_known(w.scale[1]));
-    };
-    // While the tensor cores multiply one step, this warp splits the next and loads the next block into the registers
-    // that become free. A block is entered with its scale known and step 0 split.
-    uint32_t fragments[2][4 * T::kParts];  // one is multiplied while the other is made
-    auto multiply_step = [&](const uint32_t* fragment, int step) {
-      const uint32_t x_hi = x_descriptor() + 2 * step;
-      if (T::kParts == 2) {
-        const uint32_t* lo = fragment + 4;
-        Wgmma<T::kPanelM>::multiply(partial, lo, kDescriptorUpper | x_hi, step > 0);
-        Wgmma<T::kPanelM>::multiply(partial, fragment, kDescriptorUpper | (x_hi + T::kXPartBytes / 16), 1);
-      }
-      Wgmma<T::kPanelM>::multiply(partial, fragment, kDescriptorUpper | x_hi, T::kParts == 2 || step > 0);
-      wgmma_commit_group();
-    };
-    auto multiply_block = [&](bool has_next) {
-      const float inverse[2] = {inverse_of(w.scale[0]), inverse_of(w.scale[1])};
-      wait_for_x();
-      if (has_next) wait_for_w();
-      await_turn();
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        wgmma_fence();
-        multiply_step(fragments[step % 2], step);
-        if (step == 2) give_turn();
-        if (step < 3) {
-          if (step > 0) wgmma_wait_group<1>();  // the step before, which read the other fragment, is done
-          split_step<T::kParts>(fragments[(step + 1) % 2], w, step + 1);
-        }
-        if (has_next) load_w(step);
-      }
-      if (has_next) {
-        find_scales();
-        wgmma_wait_group<1>();
-        split_step<T::kParts>(fragments[0], w, 0);
-      }
-      wgmma_wait_group<0>();
-      release_x(x_ring);
-      add_partial(total, inverse);
-      note_inverse(inverse);
-    };
-    [[maybe_unused]] auto multiply_converting = [&] {
-      clear_total();
-      wait_for_w();
-#pragma unroll
-      for (int step = 0; step < 4; ++step) load_w(step);
-      find_scales();
-      split_step<T::kParts>(fragments[0], w, 0);
-#pragma unroll 1
-      for (int left = k_end - k_begin; left > 0; --left) multiply_block(left > 1);
-    };
-
-    // ---- the tensor core adds up all of K, both operands from shared memory; a block is released when the next one's
-    // products are issued
-    auto scale_total = [&](float row_r, float row_r8) {
-#pragma unroll
-      for (int i = 0; i < T::kRows / 2; ++i) total[i] *= i / 2 % 2 ? row_r8 : row_r;
-    };
-    [[maybe_unused]] auto multiply_whole = [&](int panels) {
-      WRing w_done = w_ring;
-      Ring<kXStages> x_done = x_ring;
-      float inverse[2] = {1, 1};
-      auto release_read_w = [&] { release_w(w_done, !T::kSharesW || (is_known(inverse[0]) && is_known(inverse[1]))); };
-      // What no panel of x is multiplied with must not look like a product that is not finite. It also tells the
-      // compiler that what total has been is needed no more.
-      if (T::kSharesW) clear_total();
-#pragma unroll 1
-      for (int k_block = k_begin; k_block < k_end; ++k_block) {
-        wait_for_w();
-        if constexpr (T::kSharesW) {  // a larger entry of W may have made a scale smaller
-          float now[2];
-          load_inverses(now);
-          const bool differs = k_block > k_begin && (now[0] != inverse[0] || now[1] != inverse[1]);
-          if (__any_sync(~0u, differs)) {
-            wgmma_wait_group<0>();
-            scale_total(inverse[0] * inverse_of(now[0]), inverse[1] * inverse_of(now[1]));
-          }
-          inverse[0] = now[0], inverse[1] = now[1];
-        }
-        const uint32_t w_block = w_descriptor();
-#pragma unroll
-        for (int panel = 0; panel < kPanels; ++panel) {
-          if (panel >= panels) continue;
-          multiply_panel(total + panel * (T::kPanelM / 2), w_block, k_block == k_begin);
-          x_ring.advance();
-          wgmma_wait_group<1>();
-          if (panel == 0 && k_block == k_begin) continue;
-          if (panel == 0) release_read_w();
-          release_x(x_done);
-        }
-        w_ring.advance();
-        if (panels == 0) release_read_w();
-      }
-      wgmma_wait_group<0>();
-      if (panels > 0) release_read_w(), release_x(x_done);
-      if constexpr (T::kSharesW) scale_total(inverse[0], inverse[1]), note_inverse(inverse);
-    };
-
-    const Element* all_bias = static_cast<const Element*>(args.bias);
-    Element* out = static_cast<Element*>(args.out);
-    Element* z = static_cast<Element*>(args.z);
-    auto bias_of = [&](int n) { return all_bias != nullptr && n < args.n ? to_compute(all_bias[n]) : 0; };
-    [[maybe_unused]] const float *all_x = static_cast<const float*>(args.x), *all_w = static_cast<const float*>(args.w);
-    [[maybe_unused]] auto w_at = [&](int n, int k) {  // float32
-      return T::kTransposedW ? all_w + k * args.w_stride + n : all_w + n * args.w_stride + k;
-    };
-    // Float32: a bit for each tile, whether this thread has met a product there that is not finite. The lowest is the
-    // last tile's, the highest stands for all tiles before the last 31.
-    uint32_t not_finite = 0;
-
-    scheduler.for_each_tile(rank, blocks, [&](int m0, int n0) {
-      largest_inverse[0] = largest_inverse[1] = 0;
-      if constexpr (!T::kPromotes)
-        multiply_whole(panels_of(m0));
-      else if constexpr (T::kSharesW)
-        multiply_converted(panels_of(m0));
-      else
-        multiply_converting();
-
-      // Epilogue. The thread's columns of out are n_of(r, 0) and n_of(r, 1). Measured: what is rarely executed should
-      // be short or far away, since instructions are read from memory, too. So that z is stored by the same code as
-      // out, in a pass of its own with scale 0.
-      auto n_of = [&](int r_, int half) { return n0 + row_of(r_) + half * T::kColumnStep; };
-      if constexpr (T::kOperands == Operands::kStaged) {
-        auto inverse_at = [&](int half) { return RowScale{args.w_split.inverse_scale[n_of(r, half)]}.inverse(); };
-        const float inverse[2] = {inverse_at(0), inverse_at(1)};
-        scale_total(inverse[0], inverse[1]);
-        note_inverse(inverse);
-      }
-      float bias[2] = {bias_of(n_of(r, 0)), bias_of(n_of(r, 1))};
-
-      // Groups of 8 rows: four of a thread's elements, two rows of out from m = the group's first + 2q and two columns,
-      // as [column][row]. A warp's stores fill whole 32-byte sectors.
-      // Float32: is a sum so small that what small entries have lost may matter? An entry so small in its scale, where
-      // the largest is below 2^15, that its last part is denormal is off by up to 2^-25. Such errors of x or of W add
-      // up, at random, to 2^-25 * 2^15 * sqrt(k) times the largest inverse of W's scale, in the scale of x's row. The
-      // limit is 2^18 times that, 2^11 with one product. A sum is lost if the thread's other column is within its
-      // limit, too, or if it is 2^8 times below its own: one alone may be near 0 by chance. A row of W that is 0 has
-      // limit 0, and always agrees; two have nothing to lose. With the largest scale there is, that of zeros and of the
-      // smallest numbers, nothing is lost.
-      constexpr float kSmallestInverse = 0x1p-126f;
-      float limit[2];
-      auto find_limit = [&] {
-        const float factor = 0x1p-10f * (T::kParts == 2 ? 0x1p18f : 0x1p11f) * sqrtf(args.k);
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          limit[half] = largest_inverse[half] > kSmallestInverse ? factor * largest_inverse[half] : 0;
-      };
-      auto are_lost = [&](float first, float second, bool (&lost)[2]) {
-        const bool both = first <= limit[0] && second <= limit[1] && limit[0] + limit[1] > 0;
-        lost[0] = both || first < 0x1p-8f * limit[0], lost[1] = both || second < 0x1p-8f * limit[1];
-        return lost[0] || lost[1];
-      };
-      auto may_be_lost = [&](const float* values, auto groups) {  // any of these: nearly never
-        float smallest[2] = {INFINITY, INFINITY};
-#pragma unroll
-        for (int i = 0; i < 4 * decltype(groups)::value; ++i) {
-          float& least = smallest[i / 2 % 2];
-          least = fminf(least, fabsf(values[i]));
-        }
-        bool lost[2];
-        return are_lost(smallest[0], smallest[1], lost);
-      };
-      // Float32: makes lost sums NaN, to be computed again. A sum of 0 is taken for right, unless entries of x became
-      // zero.
-      auto mark_lost = [&](int m, float* values, auto groups) {
-#pragma unroll
-        for (int pair = 0; pair < 2 * decltype(groups)::value; ++pair) {  // a row of out
-          float& first = values[pair / 2 * 4 + pair % 2];
-          float& second = values[pair / 2 * 4 + pair % 2 + 2];
-          const RowScale row = {args.x_split.inverse_scale[m + pair / 2 * 8 + pair % 2]};
-          bool lost[2];
-          are_lost(fabsf(first), fabsf(second), lost);
-          if (row.inverse() <= kSmallestInverse) continue;
-          if (lost[0] && (first != 0 || row.has_vanished())) first = NAN;
-          if (lost[1] && (second != 0 || row.has_vanished())) second = NAN;
-        }
-      };
-      // x's inverse_scale of rows m and m + 1.
-      auto inverses_at = [&](int m) { return *reinterpret_cast<const float2*>(args.x_split.inverse_scale + m); };
-      // Float32. first: the first group's inverses. check: NaN once a product is not finite.
-      auto store_float = [&](float* to, float scale, int m, const float* values, float2 first, auto groups,
-                             float& check) {
-        to += int64_t(m) * args.n + n_of(r, 0);
-#pragma unroll
-        for (int group = 0; group < decltype(groups)::value; ++group, to += 8 * int64_t(args.n)) {
-          const float2 both = group == 0 ? first : inverses_at(m + 8 * group);
-          const RowScale rows[2] = {{both.x}, {both.y}};
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const float product = values[4 * group + e] * rows[e % 2].inverse();
-            check = fmaf(product, 0.0f, check);
-            const float value = sigmoid_residual(product + bias[e / 2], scale);
-            if (m + group * 8 + e % 2 < args.m && n_of(r, e / 2) < args.n)
-              (e % 2 ? to + args.n : to)[e / 2 * T::kColumnStep] = value;
-          }
-        }
-      };
-      // Neighbours along n exchange, so that each has two columns of one row: 4 bytes.
-      const bool odd = r % 2;
-      [[maybe_unused]] const bool is_whole = m0 + T::kRows <= args.m && n0 + kTileN <= args.n && args.n % 2 == 0;
-      [[maybe_unused]] auto store_pairs = [&](Element* to, float scale, int m, const float* values, auto groups) {
-        constexpr int kGroups = decltype(groups)::value;
-        uint32_t both[kGroups][2];
-#pragma unroll
-        for (int group = 0; group < kGroups; ++group) {
-          float v[4];
-#pragma unroll
-          for (int e = 0; e < 4; ++e) v[e] = sigmoid_residual<true>(values[4 * group + e] + bias[e / 2], scale);
-          const Vector<Element, 2> even_row = {from_compute<Element>(v[0]), from_compute<Element>(v[2])};
-          const Vector<Element, 2> odd_row = {from_compute<Element>(v[1]), from_compute<Element>(v[3])};
-          const uint32_t rows[2] = {reinterpret_cast<const uint32_t&>(even_row),
-                                    reinterpret_cast<const uint32_t&>(odd_row)};
-          const uint32_t kept = odd ? rows[1] : rows[0];
-          const uint32_t other = __shfl_xor_sync(~0u, odd ? rows[0] : rows[1], 4);
-          both[group][0] = __byte_perm(kept, other, odd ? 0x1054 : 0x5410);  // the even neighbour's is the lower half
-          both[group][1] = __byte_perm(kept, other, odd ? 0x3276 : 0x7632);
-        }
-        const int row = m + odd, n = n_of(r - odd, 0);
-        to += int64_t(row) * args.n + n;
-        if (is_whole) {
-#pragma unroll
-          for (int group = 0; group < kGroups; ++group, to += 8 * int64_t(args.n)) {
-            *reinterpret_cast<uint32_t*>(to) = both[group][0];
-            *reinterpret_cast<uint32_t*>(to + 8) = both[group][1];
-          }
-        } else {
-#pragma unroll
-          for (int i = 0; i < 4 * kGroups; ++i) {
-            const int group = i / 4, half = i / 2 % 2, column = half * 8 + i % 2;
-            if (row + group * 8 < args.m && n + column < args.n)
-              to[group * 8 * int64_t(args.n) + column] = reinterpret_cast<const Element*>(&both[group][half])[i % 2];
-          }
-        }
-      };
-      // 16 bits: through shared memory, from where TMA stores whole lines while the next box is made.
-      [[maybe_unused]] auto store_boxes = [&](const CUtensorMap* map, float scale, const float* values) {
-        const bool is_first = threadIdx.x % 128 == 0;  // of the warpgroup
-        // stmatrix's matrices: columns r of a group of 8 rows, r + 8, and the same of the next. Under TMA's swizzle.
-        const int matrix = lane / 8, row = lane % 8, column = (warp - kFirstConsumer) % 4 * 2 + matrix % 2;
-        const uint32_t mine =
-            boxes + consumer * (2 * T::kBoxBytes) + (matrix / 2 * 8 + row) * 128 + (column ^ row) * 16;
-#pragma unroll
-        for (int box = 0; box < T::kRows / T::kBoxRows; ++box) {
-          const uint32_t offset = box % 2 * T::kBoxBytes;
-          if (is_first) cp_async_bulk_wait_group_read<1>();  // the box before the last, which was here, has left
-          bar_sync(4 + consumer, 128);
-#pragma unroll
-          for (int first_row = 0; first_row < T::kBoxRows; first_row += 16) {
-            const float* v = values + (box * T::kBoxRows + first_row) / 8 * 4;
-            uint32_t matrices[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              Vector<Element, 2> two;
-#pragma unroll
-              for (int e = 0; e < 2; ++e)
-                two.v[e] = from_compute<Element>(sigmoid_residual<true>(v[2 * i + e] + bias[i % 2], scale));
-              matrices[i] = reinterpret_cast<const uint32_t&>(two);
-            }
-            stmatrix_x4_trans(mine + offset + first_row * 128, matrices);
-          }
-          fence_proxy_async_shared();
-          bar_sync(4 + consumer, 128);
-          if (is_first) {
-            cp_async_bulk_tensor_2d_store(map, n0 + consumer * 64, m0 + box * T::kBoxRows,
-                                          boxes + consumer * (2 * T::kBoxBytes) + offset);
-            cp_async_bulk_commit_group();
-          }
-        }
-      };
-      // m: the first group's first + 2q. first: float32, inverses_at(m), loaded before what branches here.
-      auto finish = [&](int m, float* values, float2 first, auto groups, float& check) {
-        if constexpr (T::kIsFloat)
-          if (may_be_lost(values, groups)) mark_lost(m, values, groups);
-#pragma unroll 1
-        for (bool is_z = z != nullptr;; is_z = false) {
-          Element* to = is_z ? z : out;
-          const float scale = is_z ? 0 : args.scale;
-          // Hides from the compiler that both passes begin with the same: it would compute what follows from that once
-          // and keep it, but no registers are free.
-          asm volatile("" : "+f"(bias[0]), "+f"(bias[1]), "+r"(m));
-          if constexpr (T::kIsFloat) {
-            store_float(to, scale, m, values, first, groups, check);
-          } else if (T::kStoresBoxes && args.can_store_boxes) {
-            if constexpr (T::kStoresBoxes) store_boxes(is_z ? &store_maps.z : &store_maps.out, scale, values);
-          } else {
-            constexpr int kGroups = decltype(groups)::value, kBatch = kGroups < 4 ? kGroups : 4;  // as registers allow
-#pragma unroll
-            for (int group = 0; group < kGroups; group += kBatch) {
-              const auto batch = std::integral_constant<int, kBatch>();
-              store_pairs(to, scale, m + group * 8, values + 4 * group, batch);
-            }
-          }
-          if (!is_z) break;
-        }
-      };
-      float check = 0;
-      if constexpr (T::kSplitK) {
-        // Every block adds up what all have for its groups of rows, in the order of k. So all send it theirs, as
-        // [other block][group of the receiver's][thread][4]. Its own it keeps as [group][thread][4] where W's ring was:
-        // st.async is not defined where a cluster has one block.
-        const uint32_t mine = 16 * (threadIdx.x - (T::kThreads - kConsumerThreads)), own = w_stages + mine;
-        const auto sent = [&](int from, int to) {
-          return sums + (from - (from > to)) * groups_per_block * kGroupBytes + mine;
-        };
-        static_assert(T::kGroups * kGroupBytes <= kWStages * T::kWStageBytes);
-        // largest_inverse, which a row's four lanes have in common: as [other block][consumer warp][r][row r, r + 8].
-        const auto sent_inverses = [&](int from, int to) {
-          return sums + T::kSentGroupBytes + (from - (from > to)) * T::kSentInverseBytes +
-                 ((warp - kFirstConsumer) * 8 + r) * 8;
-        };
-        auto send = [&](auto number_of_blocks) {  // known to the compiler, so that few instructions are left
-          constexpr int kBlocks = decltype(number_of_blocks)::value, kShare = (T::kGroups + kBlocks - 1) / kBlocks;
-#pragma unroll
-          for (int owner = 0; owner * kShare < T::kGroups; ++owner) {
-            const float* its = total + owner * kShare * 4;
-            const int groups = min(kShare, T::kGroups - owner * kShare);
-            if (kBlocks == 1 || owner == int(rank)) {
-#pragma unroll
-              for (int group = 0; group < groups; ++group) st_shared_v4(own + group * kGroupBytes, its + 4 * group);
-            } else {
-              const uint32_t to = mapa(sent(rank, owner), owner), barrier = mapa(sums_full, owner);
-#pragma unroll
-              for (int group = 0; group < groups; ++group)
-                st_async_v4(to + group * kGroupBytes, its + 4 * group, barrier);
-              if (T::kIsFloat && q == 0) st_async_v2(mapa(sent_inverses(rank, owner), owner), largest_inverse, barrier);
-            }
-          }
-        };
-        // Loaded before the waiting that follows, which hides how long the L2 cache takes.
-        float2 next_inverses = {};
-        if (T::kIsFloat) next_inverses = inverses_at(m0 + min(first_group, T::kGroups - 1) * 8 + 2 * q);
-        bar_sync(3, kConsumerThreads);  // both warpgroups are done with W's ring
-        barrier_cluster_wait();
-        static_assert(kMaxSplits == 4);
-        if (blocks == 1) send(std::integral_constant<int, 1>());
-        if (blocks == 2) send(std::integral_constant<int, 2>());
-        if (blocks == 3) send(std::integral_constant<int, 3>());
-        if (blocks == 4) send(std::integral_constant<int, 4>());
-        if (first_group < last_group) {
-          mbarrier_wait_cluster(sums_full, 0);
-#pragma unroll 1
-          for (int block = 0; T::kIsFloat && block < int(blocks); ++block) {
-            if (block == int(rank)) continue;
-            const float2 theirs = ld_shared_v2(sent_inverses(block, rank));
-            note_inverse({theirs.x, theirs.y});
-          }
-        }
-        find_limit();
-        uint32_t parts[kMaxSplits];  // of this block's first group
-#pragma unroll
-        for (int block = 0; block < kMaxSplits; ++block) parts[block] = block == int(rank) ? own : sent(block, rank);
-#pragma unroll 1
-        for (int group = first_group; group < last_group; ++group) {
-          const float2 inverses = next_inverses;
-          if (T::kIsFloat) next_inverses = inverses_at(m0 + min(group + 1, last_group - 1) * 8 + 2 * q);
-          float values[4] = {};
-#pragma unroll
-          for (int block = 0; block < kMaxSplits; ++block) {
-            if (block >= int(blocks)) continue;
-            const float4 part = ld_shared_v4(parts[block]);
-            values[0] += part.x, values[1] += part.y, values[2] += part.z, values[3] += part.w;
-            parts[block] += kGroupBytes;
-          }
-          finish(m0 + group * 8 + 2 * q, values, inverses, std::integral_constant<int, 1>(), check);
-        }
-      } else if constexpr (T::kIsFloat) {
-        find_limit();
-        // 128 rows after the other, in the same registers.
-#pragma unroll 1
-        for (int first = 0; first < T::kRows && m0 + first < args.m; first += 128) {
-          const int m = m0 + first + 2 * q;
-          finish(m, total, inverses_at(m), std::integral_constant<int, 16>(), check);
-#pragma unroll
-          for (int i = 0; i < 64; ++i) total[i] = total[T::kRows / 2 - 64 + i];
-        }
-      } else {
-        finish(m0 + 2 * q, total, {}, std::integral_constant<int, T::kGroups>(), check);
-      }
-      not_finite = not_finite << 1 | (not_finite & 1u << 31) | (check != 0);
-    });
-    if (T::kStoresBoxes && threadIdx.x % 128 == 0) cp_async_bulk_wait_group_read<0>();
-    if (consumer == 0) await_turn();  // takes the last turn, so that the barrier ends as it began
-
-    // A product that is not finite may be so because of the conversion (Inf - Inf in lo, an overflow of the scaled
-    // sum, or a lost one). Such elements are computed again as float32 dot products, which are NaN or Inf where
-    // eager's are. Which they are is read from what was stored, so that no registers need be kept: an element not
-    // finite for another reason (bias, s) comes out as it was. Of a tile, what this block has of the warp's 16 columns.
-    auto recompute = [&](int m0, int n0) {
-      if constexpr (T::kIsFloat) {
-        const bool is_aligned = (T::kConvertsW && !T::kTransposedW) || args.is_aligned;
-        // Rows outside are not used, but must be read from somewhere.
-        auto x_row = [&](int m) { return all_x + min(m, args.m - 1) * args.x_stride; };
-        auto w_row = [&](int n) { return w_at(min(n, args.n - 1), 0); };
-        auto x_four = [&](const float* row, int k) { return load_four(row, k, args.k, is_aligned); };
-        auto w_four = [&](const float* row, int k) {
-          if (!T::kTransposedW) return load_four(row, k, args.k, is_aligned);
-          auto or_zero = [&](int k_) { return k_ < args.k ? row[k_ * args.w_stride] : 0; };
-          return float4{or_zero(k), or_zero(k + 1), or_zero(k + 2), or_zero(k + 3)};
-        };
-        auto is_lost = [&](int m, int n) {
-          return m < args.m && n < args.n && !(fabsf(out[int64_t(m) * args.n + n]) < INFINITY);
-        };
-        auto store = [&](int m, int n, float product) {
-          const int64_t at = int64_t(m) * args.n + n;
-          const float value = product + bias_of(n);
-          if (z != nullptr) z[at] = value;
-          out[at] = sigmoid_residual(value, args.scale);
-        };
-        const int n_first = n0 + (warp - kFirstConsumer) * 16;
-        const int last = T::kSplitK ? last_group : T::kGroups;
-#pragma unroll 1
-        for (int group = T::kSplitK ? first_group : 0; group < last; group += 2) {  // patches of 16 rows
-          const int m_patch = m0 + group * 8, rows = min(2, last - group) * 8;
-          // A thread looks at column lane % 16, every other row from lane / 16 on.
-          unsigned lost = 0;
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const int row = 2 * i + lane / 16;
-            if (row < rows && is_lost(m_patch + row, n_first + lane % 16)) lost |= 1 << i;
-          }
-          const unsigned count = __reduce_add_sync(~0u, __popc(lost));
-          if (count > 32) {
-            // Many: the warp multiplies all of them, each thread 8 columns by 4 rows of a quarter of every 16 k, so
-            // that an operand loaded serves several. Blocks of k are added up apart: smaller rounding errors.
-            const int quarter = lane % 4, n = n_first + lane / 4 % 2 * 8, m = m_patch + lane / 8 * 4;
-            int64_t x_rows[4], w_rows[8];  // offsets
-#pragma unroll
-            for (int j = 0; j < 8; ++j) w_rows[j] = w_row(n + j) - all_w;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) x_rows[i] = x_row(m + i) - all_x;
-            // Or the compiler computes them anew for each load.
-#pragma unroll
-            for (int i = 0; i < 4; ++i) asm volatile("" : "+l"(x_rows[i]), "+l"(w_rows[i]), "+l"(w_rows[4 + i]));
-            float product[8][4] = {};
-#pragma unroll 1
-            for (int k_block = 0; k_block < args.k; k_block += 4 * kTileK) {
-              float sum[8][4] = {};
-#pragma unroll 1
-              for (int k = k_block + quarter * 4; k < min(k_block + 4 * kTileK, args.k); k += 16) {
-                float4 a[8];
-#pragma unroll
-                for (int j = 0; j < 8; ++j) a[j] = w_four(all_w + w_rows[j], k);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                  const float4 b = x_four(all_x + x_rows[i], k);
-#pragma unroll
-                  for (int j = 0; j < 8; ++j) sum[j][i] = add_dot(a[j], b, sum[j][i]);
-                }
-              }
-#pragma unroll
-              for (int i = 0; i < 32; ++i) product[i / 4][i % 4] += sum[i / 4][i % 4];
-            }
-#pragma unroll
-            for (int j = 0; j < 8; ++j) {
-              float mine = 0;  // of row m + quarter
-#pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                float all = product[j][i] + __shfl_xor_sync(~0u, product[j][i], 1);
-                all += __shfl_xor_sync(~0u, all, 2);
-                if (i == quarter) mine = all;
-              }
-              if (lane / 8 * 4 + quarter < rows && is_lost(m + quarter, n + j)) store(m + quarter, n + j, mine);
-            }
-          } else if (count > 0) {  // few: one after the other
-            for (unsigned lanes; (lanes = __ballot_sync(~0u, lost != 0)) != 0;) {
-              const int owner = __ffs(lanes) - 1;
-              const int m = m_patch + 2 * __shfl_sync(~0u, __ffs(lost) - 1, owner) + owner / 16;
-              const int n = n_first + owner % 16;
-              float sum = 0;
-#pragma unroll 4
-              for (int k = lane * 4; k < args.k; k += 128) sum = add_dot(w_four(w_row(n), k), x_four(x_row(m), k), sum);
-              for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-              if (lane == owner) {
-                store(m, n, sum);
-                lost &= lost - 1;
-              }
-            }
-          }
-        }
-      }
-    };
-    if (!T::kIsFloat || !__any_sync(~0u, not_finite != 0)) {
-      end();  // here, and not behind the instructions that follow
-      return;
-    }
-    if constexpr (T::kIsFloat) {
-      __syncwarp();    // what other threads have stored is read, too
-      int later = -1;  // tiles
-      scheduler.for_each_tile(rank, blocks, [&](int, int) { ++later; });
-      scheduler.for_each_tile(rank, blocks, [&](int m0, int n0) {
-        if (__any_sync(~0u, not_finite >> min(later--, 31) & 1)) recompute(m0, n0);
-      });
-    }
-  }
-  end();
-#endif
-}
-
-template <typename T> constexpr CUtensorMapDataType kTensorMapType = CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
-template <> constexpr CUtensorMapDataType kTensorMapType<__half> = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-template <> constexpr CUtensorMapDataType kTensorMapType<__nv_bfloat16> = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-
-// A tensor map over a row-major 2-d tensor, boxes of `box_rows` rows of 128 bytes, 128-byte swizzle, zeros outside.
-template <typename T>
-static cudaError_t encode_tensor_map(CUtensorMap* map, T* base, int64_t rows, int64_t cols, int64_t row_stride,
-                                     int box_rows, CUtensorMapL2promotion promotion) {
-  // Through the runtime, so that libcuda need not be linked.
-  static const auto encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(
-        error == cudaSuccess && found == cudaDriverEntryPointSuccess ? function : nullptr);
-  }();
-  if (encode == nullptr) return cudaErrorNotSupported;
-  const cuuint64_t sizes[2] = {cuuint64_t(cols), cuuint64_t(rows)};
-  const cuuint64_t strides[1] = {cuuint64_t(row_stride) * sizeof(T)};
-  const cuuint32_t box[2] = {128u / sizeof(T), cuuint32_t(box_rows)}, element_strides[2] = {1, 1};
-  const CUresult result =
-      encode(map, kTensorMapType<std::remove_const_t<T>>, 2, const_cast<std::remove_const_t<T>*>(base), sizes, strides,
-             box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, promotion,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 // tile: the rows of a tile, or a multiple.
@@ -1837,6 +707,1373 @@ static cudaError_t launch_pad_rows(const void* from, int64_t from_stride, void* 
   return cudaGetLastError();
 }
 
+// ---------------------------------------------------------------------------- the fused layer on Hopper's tensor cores
+//
+// Hopper's words: a warpgroup is four consecutive warps; wgmma their asynchronous matrix product; TMA, the instruction
+//   cp.async.bulk.tensor, copies a box of a tensor to shared memory; an mbarrier is a barrier in shared memory that
+//   also counts bytes that arrive; setmaxnreg moves registers between warpgroups; a cluster is blocks that can reach
+//   each other's shared memory.
+//
+// The kernel computes the transpose of out: each of two consumer warpgroups has 64 columns of out, by the tile's rows
+// of x, in products of wgmma's A = W [64 n, 16 k] and B = x [rows, 16 k].
+//
+// Data flow. x as float32 is split beforehand, by split_rows_kernel, and multiplied from shared memory. W as float32
+//   comes by TMA to shared memory and is split in the kernel; nothing about it is stored in global memory. In tiles of
+//   256 rows a warpgroup of converters does that: from W's ring to registers, from there to a second ring, from which
+//   it is multiplied. In smaller tiles the consumers do it: each thread loads its part of the fragment, finds the scale
+//   with its three neighbours, and A is multiplied from registers. 16-bit operands are multiplied from shared memory as
+//   they come.
+// Scales. x has one scale a row, W one for every row and block of 64 k. The tensor core truncates when it adds to its
+//   float32 accumulator. So it only ever adds one block of 64 k to a fresh `partial`; the partial is scaled back and
+//   added to `total` by an ordinary fma, which rounds. With one product (fp16x1) that is not needed: in tiles of 256
+//   rows the tensor core adds up all of K, and W has one scale a row, which only ever shrinks: where a block of k
+//   brings a larger entry, the sums so far are scaled down.
+// Tile. A block computes 128 columns of out, half of them each consumer warpgroup, and kRows rows. A wgmma covers
+//   kPanelRows of them: all, or with converters 128 of 256, in two panels.
+// Warps. One producer thread issues TMA for W, one for x. Where the consumers add up partials the two warpgroups take
+//   turns with the tensor cores (but with 128 rows that split K): each does so in the other's turn, and splits W, if it
+//   must, while its own products run.
+// Rings. W, converted W and x have a ring of shared-memory stages each, every stage with two mbarriers:
+//   full: bytes have landed, for its readers;  empty: every warp that reads it is done, for its writers.
+//   A stage of float32 W is empty once it is in registers, all others once their products are finished.
+// Clusters. Where there are many rows, a cluster has two blocks.
+//   With converters they need the same W, for different rows of x: each loads and converts 64 of its 128 rows, and
+//     sends them to the other's shared memory. So a converted stage's `empty` barrier counts both blocks' consumers.
+//   Without they need the same x: each loads half of it, and TMA multicasts that to both, which halves what x costs the
+//     L2 cache. So an x stage's `empty` barrier counts both blocks' consumer warps.
+//   Where there are few rows, the work is to read W, and tiles are fewer than SMs: the blocks of a cluster, up to four,
+//     share a tile, each takes a part of K, and they add up their sums through distributed shared memory, in an order
+//     that is always the same.
+// The order of k. A product may sum k in any order if both operands agree. A consumer loads W in 16 bytes, four
+//   consecutive k, where the fragment wants k = 2q, 2q+1, 2q+8, 2q+9 (q = lane % 4); so split_rows_kernel stores each
+//   group of 16 k in the order 0 1 4 5 8 9 12 13 2 3 6 7 10 11 14 15 for it. Converters keep the order that k has.
+// Padding rows. TMA takes longer to fill with zeros what is outside than to copy. So where x is split and has more than
+//   128 rows it is padded with copies of its last row up to whole panels; 16-bit x is the caller's, so its last tile of
+//   256 rows begins so early that it ends with x (kLastTileOverlaps), and where it has fewer rows than a smaller tile
+//   no more are loaded.
+// Stores. From registers, 32 bytes of a row at a time; of 16 bits, in tiles of 256 rows, through shared memory, by TMA,
+//   unless rows of out are not in multiples of 16 bytes.
+// What short launches wait for. W is fetched as soon as its barriers are set up, before the block's other warps begin,
+//   and code that rarely runs lies behind the code that every launch runs: with few rows these are microseconds.
+
+namespace hopper {
+
+// ---- Tiles: choices, what follows from them, what must hold
+
+constexpr int kTileN = 128;
+constexpr int kMaxRows = 256;  // of any tile
+constexpr int kConsumerWarpgroups = kTileN / 64;
+constexpr int kConsumerThreads = 128 * kConsumerWarpgroups;
+constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
+[[maybe_unused]] constexpr int kConverterWarps = 4;  // where a cluster's blocks share W
+constexpr int kMaxSplits = 4;                        // blocks that share a tile
+constexpr int kMaxShared = 232448;                   // bytes of a Hopper block
+
+// Where blocks share a tile, each finishes some of its groups of 8 rows, and the others send it their sums for these.
+[[maybe_unused]] constexpr int kGroupBytes = 16 * kConsumerThreads;
+constexpr int most_groups_sent(int groups) {  // to a block
+  int most = 0;
+  for (int blocks = 2; blocks <= kMaxSplits; ++blocks)
+    most = std::max(most, (blocks - 1) * ((groups + blocks - 1) / blocks));
+  return most;
+}
+
+// What a block computes, and how. Element: of x, W, bias and out.
+template <Kernel kKernel_, typename Element_, int kRows_, bool kSplitK_, bool kTransposedW_ = false> struct Tile {
+  // The choices.
+  using Element = Element_;
+  static constexpr Kernel kKernel = kKernel_;
+  static constexpr int kRows = kRows_;
+  static constexpr bool kSplitK = kSplitK_;            // a cluster's blocks share a tile, or else W or x
+  static constexpr bool kTransposedW = kTransposedW_;  // W comes as [k, n], or else as [n, k]
+  static_assert(!kTransposedW || kKernel == Kernel::kFp16x3, "only the backward's products have such a W");
+  static_assert(kRows <= kMaxRows && kRows % 8 == 0);
+
+  // How the operands reach the tensor cores.
+  static constexpr bool kIsFloat = std::is_same_v<Element, float>;
+  static constexpr int kParts = kKernel == Kernel::kFp16x3 ? 2 : 1;  // hi, lo
+  static constexpr bool kConvertsW = kKernel == Kernel::kFp16x3 || kKernel == Kernel::kFp16x1;
+  // Float32 W is converted by warps of its own, half of it in each block of a cluster, or else by the consumers.
+  static constexpr bool kSharesW = kConvertsW && !kSplitK && kRows == 256;
+  static constexpr bool kWFromRegisters = kConvertsW && !kSharesW;
+  // Whether the tensor core adds up 64 k at a time, or else all of K.
+  static constexpr bool kPromotesEachBlock = kKernel == Kernel::kFp16x3 || kWFromRegisters;
+  static constexpr bool kKeepsOrderOfK = kTransposedW || kSharesW;  // in x as it is stored
+  // Measured with fp16x3: without turns 2 to 8 % more time, but no more with 128 rows that split K.
+  static constexpr bool kTakesTurns = kPromotesEachBlock && !(kSplitK && kRows == 128);
+
+  // Clusters and panels.
+  static constexpr int kClusterBlocks = kSplitK ? 1 : 2;               // where they do not share a tile
+  static constexpr int kBlocksSharingX = kSplitK || kSharesW ? 1 : 2;  // that load an x stage together
+  static constexpr bool kLastTileOverlaps = !kIsFloat && !kSplitK;     // rows in two tiles are stored twice, the same
+  static constexpr int kPanels = kSharesW ? 2 : 1;
+  static constexpr int kPanelRows = kRows / kPanels;                           // columns of wgmma's B
+  static constexpr int kGroups = kRows / 8;                                    // of 8 rows
+  static constexpr int kColumnStep = kTransposedW && kWFromRegisters ? 1 : 8;  // between a thread's two columns of out
+  // Rows of x in one of TMA's boxes: a block's slice of a panel. Where x is the caller's and has fewer rows than a
+  // tile, no more: what comes of the rows behind the last, whatever is there, is not stored.
+  static __host__ __device__ constexpr int x_box_rows(int m) {
+    return !kIsFloat && kSplitK && m < kPanelRows ? m : kPanelRows / kBlocksSharingX;
+  }
+
+  // Stages. W's: boxes whose rows have 128 bytes. [2][kWRows][32] floats, [kWRows / 32][kTileK][32] floats of a
+  // transposed W, or [kTileN][64] of 16 bits. x's: a panel, kParts times [kPanelRows][64] of 16 bits. Converted W's:
+  // kParts times half [kTileN][64], and apart from it the inverses of the rows' scales.
+  using WElement = std::conditional_t<kKernel == Kernel::kFp16x1Staged, __half, Element>;  // as it comes by TMA
+  using Multiplied = std::conditional_t<kIsFloat, __half, Element>;
+  static constexpr int kWRows = kSharesW ? kTileN / 2 : kTileN;
+  static constexpr int kWBoxRows = kTransposedW ? kTileK : kWRows;
+  static constexpr int kWStageBytes = kWRows * kTileK * int(sizeof(WElement));
+  static constexpr int kWBoxes = kWStageBytes / (kWBoxRows * 128);
+  static constexpr int kXPartBytes = kPanelRows * kTileK * 2;
+  static constexpr int kXStageBytes = kParts * kXPartBytes;
+  static_assert(kXPartBytes / kBlocksSharingX % 1024 == 0, "the swizzle repeats every 1024 bytes");
+  static constexpr int kConvertedPartBytes = kTileN * kTileK * 2, kConvertedBytes = kParts * kConvertedPartBytes;
+  static constexpr int kInverseBytes = kTileN * 4;
+  // Measured: two stages are too few for hi and lo.
+  static constexpr int kConvertedStages = !kSharesW ? 0 : kParts == 2 ? 3 : 4;
+  static constexpr int kConvertedRingBytes = kConvertedStages * (kConvertedBytes + kInverseBytes);
+  // Where blocks share a tile: what the others send this one.
+  static constexpr int kSentGroupBytes = kSplitK ? most_groups_sent(kGroups) * kGroupBytes : 0;
+  static constexpr int kSentInverseBytes = kSplitK && kIsFloat ? kTileN * 4 : 0;  // from each
+  static constexpr int kSumBytes = kSentGroupBytes + (kMaxSplits - 1) * kSentInverseBytes;
+  // Whether out and z can leave by TMA, as boxes of kBoxRows rows by a consumer's 64 columns, each consumer's two in
+  // turns.
+  static constexpr bool kStoresBoxes = !kIsFloat && !kSplitK;
+  static constexpr int kBoxRows = 64, kBoxBytes = kBoxRows * 64 * 2;
+  static constexpr int kBoxesBytes = kStoresBoxes ? 2 * kConsumerWarpgroups * kBoxBytes : 0;
+  // What is left is W's and x's, but for 1024 bytes: barriers, and alignment. Measured: fp16x1 wants four stages of
+  // float32 W, fp16x3 two; x has what is left.
+  static constexpr int kBytesForRings = kMaxShared - kSumBytes - kConvertedRingBytes - kBoxesBytes - 1024;
+  static constexpr int kXStages = kSharesW ? std::min(12, (kBytesForRings - 4 / kParts * kWStageBytes) / kXStageBytes)
+                                           : std::min(12, kBytesForRings / (kWStageBytes + kXStageBytes));
+  static constexpr int kWStages = std::min(12, (kBytesForRings - kXStages * kXStageBytes) / kWStageBytes);
+  static constexpr int kBarrierBytes = (2 * (kWStages + kXStages + kConvertedStages) + 1) * 8;
+  static constexpr int kSharedBytes =
+      kWStages * kWStageBytes + kXStages * kXStageBytes + kConvertedRingBytes + kBoxesBytes + kSumBytes + kBarrierBytes;
+  static_assert(kXStages >= 2 && kWStages >= 2 && kSharedBytes <= kMaxShared);
+
+  // Warps: producers, converters, consumers. The compiler gives every thread as many registers as the register file has
+  // for so many, in multiples of 8; what the producers and converters let go of goes to the consumers.
+  static constexpr int kWarpgroups = 1 + kSharesW + kConsumerWarpgroups, kThreads = 128 * kWarpgroups;
+  static constexpr int kFirstConsumerWarp = kThreads / 32 - kConsumerWarps;
+  static constexpr int kProducerRegisters = 24, kConverterRegisters = 72, kConsumerRegisters = kSharesW ? 208 : 240;
+  static_assert(kProducerRegisters + kSharesW * kConverterRegisters + kConsumerWarpgroups * kConsumerRegisters <=
+                    65536 / kThreads / 8 * 8 * kWarpgroups,
+                "or the consumers would wait for registers for ever");
+};
+
+struct Arguments {
+  const void* x;               // [m, k], row stride x_stride; x, w, bias, out and z of the tile's Element
+  const void* w;               // [n, k], row stride w_stride; [k, n] where it is transposed
+  const void* bias;            // [n], or null
+  void* out;                   // [m, n]
+  void* z;                     // [m, n], or null where it is not wanted
+  SplitRows x_split, w_split;  // of x, where it is float32; of W with fp16x1_staged
+  int64_t x_stride, w_stride;
+  int m, n, k;
+  float scale;           // s
+  bool is_aligned;       // rows of x and W begin at multiples of 16 bytes, and k is one of 4
+  bool can_store_boxes;  // rows of out and z begin at multiples of 16 bytes
+};
+
+// The tensor maps of out and z where they are stored as boxes. z: zeros where it is not wanted.
+template <bool kStoresBoxes> struct StoreMaps {
+  CUtensorMap out, z;
+};
+template <> struct StoreMaps<false> {};
+
+// ---- The order of tiles
+
+// Where blocks of a cluster share x they have tiles side by side along n, where W, along m. Clusters are numbered along
+// m first, in groups of 1024 rows, then n: what runs at the same time shares W's tiles, which are the larger traffic,
+// and the group's part of x stays in the L2 cache.
+template <typename T> struct TileScheduler {
+  static constexpr int kClusterM = T::kRows * (T::kSharesW ? 2 : 1), kClusterN = kTileN * T::kBlocksSharingX;
+  static constexpr int kGroupM = 1024 / kClusterM;
+  int m, n;
+
+  __host__ __device__ int clusters_m() const { return (m + kClusterM - 1) / kClusterM; }
+  __host__ __device__ int clusters_n() const { return (n + kClusterN - 1) / kClusterN; }
+  __host__ __device__ int clusters() const { return clusters_m() * clusters_n(); }
+
+#ifdef HAS_SM90A
+  // body(m0, n0) with the first row and column of out of the tile that block `rank` has of a cluster.
+  template <typename Body> __device__ __forceinline__ void tile(int cluster, uint32_t rank, Body body) const {
+    const int per_group = kGroupM * clusters_n();
+    const int first_m = cluster / per_group * kGroupM, size_m = min(kGroupM, clusters_m() - first_m);
+    const int cluster_m = first_m + cluster % per_group % size_m, cluster_n = cluster % per_group / size_m;
+    int m0 = cluster_m * kClusterM;
+    if (T::kLastTileOverlaps) m0 = min(m0, max(m - kClusterM, 0));  // the last tile ends with x
+    body(m0 + (T::kSharesW ? int(rank) * T::kRows : 0),
+         cluster_n * kClusterN + (T::kBlocksSharingX > 1 ? int(rank) * kTileN : 0));
+  }
+  // The tiles of this block, which is number `rank` of `blocks`, one after the other: a single one where they share it.
+  template <typename Body>
+  __device__ __forceinline__ void for_each_tile(uint32_t rank, uint32_t blocks, Body body) const {
+    int cluster = blockIdx.x / blocks;
+#pragma unroll 1
+    do {
+      tile(cluster, rank, body);
+      cluster += gridDim.x / blocks;
+    } while (!T::kSplitK && cluster < clusters());
+  }
+#endif
+};
+
+#ifdef HAS_SM90A
+
+// ---- Shared memory and barriers
+
+// Where a thread is in a ring of stages. kStages_, kFull, kEmpty: where the first stage and its two mbarriers lie in
+// shared memory.
+template <int kCount, int kStageBytes, int kStages_, int kFull, int kEmpty> struct Ring {
+  uint32_t shared;  // the address of the block's shared memory
+  uint32_t stage = 0, phase = 0;
+
+  __device__ __forceinline__ uint32_t address() const { return shared + kStages_ + stage * kStageBytes; }
+  __device__ __forceinline__ uint32_t full_barrier() const { return shared + kFull + 8 * stage; }
+  __device__ __forceinline__ uint32_t empty_barrier() const { return shared + kEmpty + 8 * stage; }
+  __device__ __forceinline__ void wait_full() const { mbarrier_wait(full_barrier(), phase); }
+  __device__ __forceinline__ void wait_empty() const { mbarrier_wait(empty_barrier(), phase ^ 1); }
+  __device__ __forceinline__ void advance() {
+    if (++stage == kCount) stage = 0, phase ^= 1;
+  }
+};
+
+// A block's shared memory: where each part of it begins, in their order.
+template <typename T> struct SharedLayout {
+  static constexpr int kW = 0, kX = kW + T::kWStages * T::kWStageBytes;  // stages
+  static constexpr int kConverted = kX + T::kXStages * T::kXStageBytes;
+  static constexpr int kInverses = kConverted + T::kConvertedStages * T::kConvertedBytes;  // of converted W's scales
+  static constexpr int kBoxes = kConverted + T::kConvertedRingBytes;                       // of out and z, on their way
+  static constexpr int kSums = kBoxes + T::kBoxesBytes;  // what blocks that share a tile send this one
+  static constexpr int kWFull = kSums + T::kSumBytes, kWEmpty = kWFull + 8 * T::kWStages;  // mbarriers
+  static constexpr int kXFull = kWEmpty + 8 * T::kWStages, kXEmpty = kXFull + 8 * T::kXStages;
+  static constexpr int kConvertedFull = kXEmpty + 8 * T::kXStages;
+  static constexpr int kConvertedEmpty = kConvertedFull + 8 * T::kConvertedStages;
+  static constexpr int kSumsFull = kConvertedEmpty + 8 * T::kConvertedStages;
+  static_assert(kSumsFull + 8 == T::kSharedBytes);
+
+  using WRing = Ring<T::kWStages, T::kWStageBytes, kW, kWFull, kWEmpty>;
+  using XRing = Ring<T::kXStages, T::kXStageBytes, kX, kXFull, kXEmpty>;
+  using ConvertedRing = Ring<T::kConvertedStages, T::kConvertedBytes, kConverted, kConvertedFull, kConvertedEmpty>;
+};
+
+// Barriers of bar.sync and bar.arrive; 0 is __syncthreads'. Of two, the first is consumer warpgroup 0's.
+enum NamedBarrier : int { kTurnBarriers = 1, kConsumersBarrier = 3, kWarpgroupBarriers = 4 };
+
+// What a block does of a tile that a cluster's blocks share.
+template <typename T> struct Part {
+  int k_begin, k_end;                             // it multiplies these blocks of kTileK
+  int groups_per_block, first_group, last_group;  // it finishes these groups of 8 rows
+
+  __device__ __forceinline__ Part(const Arguments& args, int rank, int blocks)
+      : k_begin(int(int64_t((args.k + kTileK - 1) / kTileK) * rank / blocks)),
+        k_end(int(int64_t((args.k + kTileK - 1) / kTileK) * (rank + 1) / blocks)),
+        groups_per_block((T::kGroups + blocks - 1) / blocks),
+        first_group(min(rank * groups_per_block, T::kGroups)),
+        last_group(min(first_group + groups_per_block, T::kGroups)) {}
+};
+
+// What every warp of a block knows.
+template <typename T> struct Block {
+  const Arguments& args;
+  TileScheduler<T> scheduler;
+  uint32_t shared;        // the address of its shared memory
+  uint32_t rank, blocks;  // its number in its cluster, and how many there are
+  int warp, lane;
+  Part<T> part;  // with kSplitK
+
+  __device__ __forceinline__ Block(const Arguments& args_, const uint8_t* shared_memory)
+      : args(args_),
+        scheduler{args_.m, args_.n},
+        shared(shared_address(shared_memory)),
+        rank(cluster_ctarank()),
+        blocks(T::kSplitK ? cluster_nctarank() : T::kClusterBlocks),
+        // Through a shuffle, so that the compiler knows it to be the same in the whole warp and keeps what follows from
+        // it in uniform registers.
+        warp(__shfl_sync(~0u, threadIdx.x / 32, 0)),
+        lane(threadIdx.x % 32),
+        part(args_, int(rank), int(blocks)) {}
+
+  // Its part of K, in blocks of kTileK; up to k_prefetched W is fetched before all else begins.
+  __device__ __forceinline__ int k_begin() const { return T::kSplitK ? part.k_begin : 0; }
+  __device__ __forceinline__ int k_end() const { return T::kSplitK ? part.k_end : (args.k + kTileK - 1) / kTileK; }
+  __device__ __forceinline__ int k_prefetched() const { return min(k_end(), k_begin() + T::kWStages); }
+
+  template <typename Body> __device__ __forceinline__ void for_each_tile(Body body) const {
+    scheduler.for_each_tile(rank, blocks, body);
+  }
+  // A tile's panels that have rows of x. Measured: those that have none, loaded as zeros, take longer than others.
+  __device__ __forceinline__ int panels(int m0) const {
+    return T::kSharesW ? max(0, min(T::kPanels, (args.m - m0 + T::kPanelRows - 1) / T::kPanelRows)) : 1;
+  }
+};
+
+// ---- Producers
+
+// Fetches a block of W's k, of n0's tile, into the ring's stage.
+template <typename T>
+__device__ __forceinline__ void fetch_w(const Block<T>& block, const CUtensorMap& map, int n0, int k_block,
+                                        typename SharedLayout<T>::WRing& ring) {
+  const uint32_t barrier = ring.full_barrier(), to = ring.address();
+  mbarrier_arrive_expect_tx(barrier, T::kWStageBytes);
+  const int k0 = k_block * kTileK;
+  if (T::kSharesW) n0 += int(block.rank) * T::kWRows;  // this block's half
+  for (int box = 0; box < T::kWBoxes; ++box)
+    cp_async_bulk_tensor_2d(to + box * T::kWBoxRows * 128, &map, T::kTransposedW ? n0 + box * 32 : k0 + box * 32,
+                            T::kTransposedW ? k0 : n0, barrier, 1 << block.rank);
+  ring.advance();
+}
+
+// W's ring is empty at the start, and this block's own: it can be filled at once.
+template <typename T> __device__ __forceinline__ void prefetch_w(const Block<T>& block, const CUtensorMap& map) {
+  block.scheduler.tile(blockIdx.x / block.blocks, block.rank, [&](int, int n0) {
+    typename SharedLayout<T>::WRing ring{block.shared};
+#pragma unroll 1
+    for (int k_block = block.k_begin(); k_block < block.k_prefetched(); ++k_block)
+      fetch_w(block, map, n0, k_block, ring);
+  });
+}
+
+// One thread: the rest of W.
+template <typename T> __device__ __forceinline__ void produce_w(const Block<T>& block, const CUtensorMap& map) {
+  int first = block.k_prefetched();
+  typename SharedLayout<T>::WRing ring{block.shared};  // as prefetch_w left it
+  if (first - block.k_begin() < T::kWStages) ring.stage = first - block.k_begin();
+  if (first - block.k_begin() == T::kWStages) ring.phase = 1;
+  block.for_each_tile([&](int, int n0) {
+#pragma unroll 1
+    for (int k_block = first; k_block < block.k_end(); ++k_block) {
+      ring.wait_empty();
+      fetch_w(block, map, n0, k_block, ring);
+    }
+    first = block.k_begin();
+  });
+}
+
+// One thread: x, this block's slice of each panel for all that share it.
+template <typename T>
+__device__ __forceinline__ void produce_x(const Block<T>& block, const CUtensorMap& map, const CUtensorMap& lo_map) {
+  const int box_rows = T::x_box_rows(block.args.m), slice = T::kBlocksSharingX == 1 ? 0 : int(block.rank) * box_rows;
+  const uint16_t sharers = T::kBlocksSharingX == 1 ? 1 << block.rank : (1 << T::kBlocksSharingX) - 1;
+  typename SharedLayout<T>::XRing ring{block.shared};
+  // split_rows_kernel may still be running; W is the caller's, or a copy made before that began.
+  griddepcontrol_wait();
+  block.for_each_tile([&](int m0, int) {
+#pragma unroll 1
+    for (int k_block = block.k_begin(); k_block < block.k_end(); ++k_block)
+#pragma unroll 1
+      for (int panel = 0; panel < block.panels(m0); ++panel, ring.advance()) {
+        const uint32_t barrier = ring.full_barrier(), to = ring.address() + slice * 128;
+        ring.wait_empty();
+        mbarrier_arrive_expect_tx(barrier, T::kParts * T::kBlocksSharingX * box_rows * kTileK * 2);
+        for (int part = 0; part < T::kParts; ++part)
+          cp_async_bulk_tensor_2d(to + part * T::kXPartBytes, part ? &lo_map : &map, k_block * kTileK,
+                                  m0 + panel * T::kPanelRows + slice, barrier, sharers);
+      }
+  });
+}
+
+// ---- Converters
+
+// A warpgroup: each warp converts 16 of this block's rows of W, a thread half a row, and sends them to the other block
+// too.
+template <typename T> __device__ __forceinline__ void convert_w(const Block<T>& block) {
+  using Shared = SharedLayout<T>;
+  constexpr int kWarpRows = T::kWRows / kConverterWarps, kHalf = kTileK / 2;
+  const int first_row = (block.warp - 4) * kWarpRows, row = first_row + block.lane / 2, swizzle = row % 8,
+            half = block.lane % 2;
+  typename Shared::WRing w_ring{block.shared};
+  typename Shared::ConvertedRing ring{block.shared};
+  block.for_each_tile([&](int, int) {
+    float scale = scale_of(0);
+#pragma unroll 1
+    for (int k_block = block.k_begin(); k_block < block.k_end(); ++k_block, w_ring.advance(), ring.advance()) {
+      const uint32_t w_stage = w_ring.address();
+      float v[kHalf];
+      w_ring.wait_full();
+      // So that the threads of a load touch all banks, those of the second half take its four k, or its chunks of 16
+      // bytes, in another order.
+      if constexpr (T::kTransposedW) {
+        const uint32_t from =
+            (w_stage + (row / 32 * kTileK + half * kHalf) * 128 + row % 32 * 4) ^ half * 4 * (128 + 16);
+#pragma unroll
+        for (int k = 0; k < kHalf; ++k) v[k] = ld_shared((from ^ k % 8 * (128 + 16)) + k / 8 * 1024);
+      } else {
+        const uint32_t from = w_stage + (half * T::kWRows + row) * 128 + (half * 4 ^ swizzle) * 16;
+#pragma unroll
+        for (int i = 0; i < kHalf / 4; ++i) {
+          const float4 four = ld_shared_v4(from ^ i * 16);
+          v[4 * i] = four.x, v[4 * i + 1] = four.y, v[4 * i + 2] = four.z, v[4 * i + 3] = four.w;
+        }
+      }
+      float largest = 0;
+#pragma unroll
+      for (int k = 0; k < kHalf; ++k) largest = fmaxf(largest, fabsf(v[k]));
+      const float needed = scale_of(fmaxf(largest, __shfl_xor_sync(~0u, largest, 1)));
+      // Where the sums of all of K share a scale it only shrinks, and by more than it must, so that somewhat larger
+      // entries to come need no smaller one.
+      scale = T::kPromotesEachBlock ? needed : needed < scale ? 0.25f * needed : scale;
+      __syncwarp();
+      if (block.lane == 0 && always_true_after(scale)) mbarrier_arrive(w_ring.empty_barrier());
+      uint32_t parts[2][kHalf / 2];
+#pragma unroll
+      for (int i = 0; i < kHalf / 2; ++i) split2(v[2 * i], v[2 * i + 1], scale, parts[0][i], parts[1][i]);
+
+      const uint32_t stage = ring.address() + block.rank * (T::kWRows * 128);
+      const uint32_t inverses =
+          block.shared + Shared::kInverses + ring.stage * T::kInverseBytes + block.rank * (T::kWRows * 4);
+      // The thread's chunk 0; for the second half not in the order of k, either.
+      const uint32_t to = stage + row * 128 + (half * (T::kTransposedW ? 4 : 6) ^ swizzle) * 16;
+      ring.wait_empty();
+#pragma unroll
+      for (int part = 0; part < T::kParts; ++part)
+#pragma unroll
+        for (int i = 0; i < kHalf / 8; ++i) {  // chunks of eight k
+          const uint32_t* v4 = parts[part] + 4 * i;
+          const bool swapped = T::kTransposedW && half;
+          const uint32_t chunk[4] = {swapped ? v4[2] : v4[0], swapped ? v4[3] : v4[1], swapped ? v4[0] : v4[2],
+                                     swapped ? v4[1] : v4[3]};
+          st_shared_v4((to + part * T::kConvertedPartBytes) ^ i * 16, chunk);
+        }
+      if (half == 0) st_shared(inverses + row * 4, inverse_of(scale));
+      // Or wgmma and the bulk copies, which read through the asynchronous proxy, might see what was there before.
+      fence_proxy_async_shared();
+      __syncwarp();
+      // Every thread arrives for what it has stored, the first also for what the other block sends, and sends itself.
+      const uint32_t barrier = ring.full_barrier(), other = block.rank ^ 1;
+      if (block.lane > 0) {
+        mbarrier_arrive(barrier);
+      } else {
+        mbarrier_arrive_expect_tx(barrier, T::kParts * kWarpRows * 128 + kWarpRows * 4);
+        auto send = [&](uint32_t from, int bytes) {
+          cp_async_bulk_shared(mapa(from, other), from, bytes, mapa(barrier, other));
+        };
+        for (int part = 0; part < T::kParts; ++part)
+          send(stage + part * T::kConvertedPartBytes + first_row * 128, kWarpRows * 128);
+        send(inverses + first_row * 4, kWarpRows * 4);
+      }
+    }
+  });
+}
+
+// ---- Consumers: fragments of float32 W
+
+// A thread's part of float32 W in one block of 64 k: wgmma's four steps of 16 k, and the scales of its two rows, r and
+// r + 8.
+struct WBlock {
+  float step[4][8];  // four consecutive k of row r, four of row r + 8
+  float scale[2];
+};
+
+// address: of the thread's 16 bytes of step 0 in row r. Under the swizzle those of step 1 differ in one bit.
+__device__ __forceinline__ void load_step(WBlock& block, int step, uint32_t address) {
+  address = (step % 2 ? address ^ 64 : address) + step / 2 * (kTileN * 128);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float4 v = ld_shared_v4(address + half * (8 * 128));
+    float* to = block.step[step] + 4 * half;
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+  }
+}
+
+// The same of a transposed W, whose k are in their own order. address: of the thread's 8 bytes, rows r and r + 8, in
+// k = 2q. Those of k = 2q + 1 differ in one bit under the swizzle, those of k + 8 do not.
+__device__ __forceinline__ void load_step_transposed(WBlock& block, int step, uint32_t address) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {  // k = 2q, 2q + 1, 2q + 8, 2q + 9
+    const int k = step * 16 + i % 2 + i / 2 * 8;
+    const float2 v = ld_shared_v2((i % 2 ? address ^ 16 : address) + k * 128);
+    block.step[step][i] = v.x, block.step[step][4 + i] = v.y;
+  }
+}
+
+// For the largest |w| of a row's 64: this thread's sixteen and its three neighbours'. half: row r or r + 8.
+__device__ __forceinline__ float scale_of_row(const WBlock& block, int half) {
+  float largest = 0;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) largest = fmaxf(largest, fabsf(block.step[i / 4][4 * half + i % 4]));
+  largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+  largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+  return scale_of(largest);
+}
+
+// A step's part of operand A: the four registers of wgmma's 64 x 16 fragment, hi, then lo where there are two parts.
+template <int kParts> __device__ __forceinline__ void split_step(uint32_t* fragment, const WBlock& block, int step) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {  // row r or r + 8, the earlier two k or the later
+    const float* two = block.step[step] + 4 * (i % 2) + i / 2 * 2;
+    uint32_t lo;
+    split2(two[0], two[1], block.scale[i % 2], fragment[i], lo);
+    if (kParts == 2) fragment[4 + i] = lo;
+  }
+}
+
+// wgmma's description of a K-major operand with 128-byte swizzle, 8 rows of 128 bytes being 1024 contiguous bytes: its
+// lower half, in which adding 1 moves the operand by 16 bytes, and its upper half.
+__device__ __forceinline__ uint32_t matrix_descriptor(uint32_t address) { return address >> 4 | 1 << 16; }
+constexpr uint64_t kDescriptorUpper = uint64_t(1024 >> 4 | 1 << 30) << 32;
+
+// ---- Consumers: what a thread of them holds
+
+template <int kCount> using Count = std::integral_constant<int, kCount>;
+
+template <typename T> struct Consumer {
+  using Element = typename T::Element;
+  using Shared = SharedLayout<T>;
+  // W's ring as the consumers see it: of what the converters make, where there are any.
+  using WRing = std::conditional_t<T::kSharesW, typename Shared::ConvertedRing, typename Shared::WRing>;
+  using XRing = typename Shared::XRing;
+
+  const Block<T>& block;
+  const Arguments& args;
+  const StoreMaps<T::kStoresBoxes>& store_maps;
+  int warpgroup, warp, lane, r, q;  // warp: among the consumers'
+  WRing w_ring;
+  XRing x_ring;
+  // [groups of 8 m][row r, row r + 8][m = 2q, 2q + 1], written [4 * groups]
+  float total[T::kRows / 2];
+  float partial[T::kPromotesEachBlock ? T::kPanelRows / 2 : 1];  // of a block of k and a panel
+  float largest_inverse[2];                                      // of row r's and row r + 8's scales of W
+  float limit[2];                                                // see "Lost sums"
+  // A bit for each tile, whether this thread has met a product there that is not finite. The lowest is the last tile's,
+  // the highest stands for all tiles before the last 31.
+  uint32_t not_finite = 0;
+  int m0, n0;  // the tile
+  float bias[2];
+
+  __device__ __forceinline__ Consumer(const Block<T>& block_, const StoreMaps<T::kStoresBoxes>& store_maps_)
+      : block(block_),
+        args(block_.args),
+        store_maps(store_maps_),
+        warpgroup((block_.warp - T::kFirstConsumerWarp) / 4),
+        warp(block_.warp - T::kFirstConsumerWarp),
+        lane(block_.lane),
+        r(lane / 4),
+        q(lane % 4),
+        w_ring{block_.shared},
+        x_ring{block_.shared} {}
+
+  // W's row, in the tile, that is the fragment's row r; row r + 8 is kColumnStep further. From registers: 0 4 1 5 2 6 3
+  // 7 of eight, so that the eight lanes that load 16 bytes together touch all banks under the swizzle, where rows r and
+  // r + 1 would collide. Transposed: rows r and r + 8 are neighbours, for loads of 8 bytes.
+  __device__ __forceinline__ int row_of(int r_) const {
+    const int in_warp = !T::kWFromRegisters ? r_ : T::kTransposedW ? 2 * r_ : r_ / 2 + r_ % 2 * 4;
+    return warp * 16 + in_warp;
+  }
+  // The thread's columns of out: half 0 or 1.
+  __device__ __forceinline__ int n_of(int r_, int half) const { return n0 + row_of(r_) + half * T::kColumnStep; }
+
+  // Main loops: total = x * W^T of the tile, in the scale of x's rows.
+  __device__ __forceinline__ void multiply();
+  __device__ __forceinline__ void multiply_panel(float* sums, uint32_t w, bool is_first);
+  __device__ __forceinline__ void multiply_converted(int panels);
+  __device__ __forceinline__ void multiply_whole(int panels);
+  __device__ __forceinline__ void multiply_from_registers();
+  __device__ __forceinline__ void clear_total();
+  __device__ __forceinline__ void scale_total(const float (&factors)[2]);
+  __device__ __forceinline__ void add_partial(float* to, const float (&inverse)[2]);
+  __device__ __forceinline__ void load_inverses(float (&inverse)[2]);
+  __device__ __forceinline__ void release_w(WRing& ring, bool is_read = true);
+  __device__ __forceinline__ void release_x(XRing& ring);
+  __device__ __forceinline__ void await_turn();
+  __device__ __forceinline__ void give_turn();
+  // What follows a tile's main loop.
+  __device__ __forceinline__ void finish_tile();
+  __device__ __forceinline__ void finish_shared_tile();
+  template <int kBlocks> __device__ __forceinline__ void send_sums();
+  __device__ __forceinline__ uint32_t sums_address(int from, int to) const;
+  __device__ __forceinline__ uint32_t inverses_address(int from, int to) const;
+  // Lost sums.
+  __device__ __forceinline__ void note_inverse(const float (&inverse)[2]);
+  __device__ __forceinline__ void find_limits();
+  __device__ __forceinline__ bool are_lost(float first, float second, bool (&lost)[2]) const;
+  template <int kGroups> __device__ __forceinline__ bool may_be_lost(const float* sums) const;
+  template <int kGroups> __device__ __forceinline__ void mark_lost(int m, float* sums) const;
+  __device__ __forceinline__ void repair(int m_tile, int n_tile) const;
+  // Stores.
+  __device__ __forceinline__ float bias_of(int n) const;
+  __device__ __forceinline__ float2 inverses_of_x(int m) const;
+  template <int kGroups>
+  __device__ __forceinline__ void finish(int m, float* sums, float2 first_inverses, float& check);
+  template <int kGroups>
+  __device__ __forceinline__ void store_float(Element* to, bool is_z, int m, const float* sums, float2 first_inverses,
+                                              float& check) const;
+  template <int kGroups>
+  __device__ __forceinline__ void store_pairs(Element* to, bool is_z, int m, const float* sums) const;
+  __device__ __forceinline__ void store_boxes(const CUtensorMap* map, bool is_z, const float* sums) const;
+};
+
+// ---- Consumers: main loops
+
+template <typename T> __device__ __forceinline__ void Consumer<T>::clear_total() {
+#pragma unroll
+  for (int i = 0; i < T::kRows / 2; ++i) total[i] = 0;
+}
+
+// factors: of row r and row r + 8.
+template <typename T> __device__ __forceinline__ void Consumer<T>::scale_total(const float (&factors)[2]) {
+#pragma unroll
+  for (int i = 0; i < T::kRows / 2; ++i) total[i] *= factors[i / 2 % 2];
+}
+
+template <typename T> __device__ __forceinline__ void Consumer<T>::add_partial(float* to, const float (&inverse)[2]) {
+#pragma unroll
+  for (int i = 0; i < T::kPanelRows / 2; ++i) to[i] = fmaf(partial[i], inverse[i / 2 % 2], to[i]);
+}
+
+// The inverses of the scales of a stage of converted W.
+template <typename T> __device__ __forceinline__ void Consumer<T>::load_inverses(float (&inverse)[2]) {
+  const uint32_t from = block.shared + Shared::kInverses + w_ring.stage * T::kInverseBytes + row_of(r) * 4;
+  inverse[0] = ld_shared(from), inverse[1] = ld_shared(from + T::kColumnStep * 4);
+}
+
+template <typename T> __device__ __forceinline__ void Consumer<T>::release_w(WRing& ring, bool is_read) {
+  if (!T::kSharesW && lane == 0 && is_read) mbarrier_arrive(ring.empty_barrier());
+  if (T::kSharesW) {  // every thread here, for the inverses that it has read, and a warp's first there
+    __syncwarp();
+    if (is_read) mbarrier_arrive(ring.empty_barrier());
+    if (lane == 0 && is_read) mbarrier_arrive_remote(ring.empty_barrier(), block.rank ^ 1);
+  }
+  ring.advance();
+}
+
+template <typename T> __device__ __forceinline__ void Consumer<T>::release_x(XRing& ring) {
+  if (T::kBlocksSharingX == 1 && lane == 0) mbarrier_arrive(ring.empty_barrier());
+  if (T::kBlocksSharingX > 1 && lane < T::kBlocksSharingX) mbarrier_arrive_remote(ring.empty_barrier(), lane);
+  ring.advance();
+}
+
+// The two warpgroups take turns to begin a panel: while one is between two, with nothing in the tensor cores, the other
+// is not.
+template <typename T> __device__ __forceinline__ void Consumer<T>::await_turn() {
+  if (T::kTakesTurns) bar_sync(kTurnBarriers + warpgroup, kConsumerThreads);
+}
+template <typename T> __device__ __forceinline__ void Consumer<T>::give_turn() {
+  if (T::kTakesTurns) bar_arrive(kTurnBarriers + 1 - warpgroup, kConsumerThreads);
+}
+
+// Adds a panel's products with a block of W to sums, both operands from shared memory. w: W's descriptor.
+template <typename T>
+__device__ __forceinline__ void Consumer<T>::multiply_panel(float* sums, uint32_t w, bool is_first) {
+  using Multiplied = typename T::Multiplied;
+  using Product = Wgmma<T::kPanelRows>;
+  x_ring.wait_full();
+  const uint32_t x = matrix_descriptor(x_ring.address());
+  await_turn();
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {  // 16 k are 32 bytes, which is 2 in a descriptor
+    const uint64_t a = kDescriptorUpper | (w + 2 * step), b = kDescriptorUpper | (x + 2 * step);
+    const bool adds = !is_first || step > 0;
+    if (T::kParts == 2) {
+      Product::template multiply<Multiplied>(sums, a + T::kConvertedPartBytes / 16, b, adds);
+      Product::template multiply<Multiplied>(sums, a, b + T::kXPartBytes / 16, 1);
+    }
+    Product::template multiply<Multiplied>(sums, a, b, T::kParts == 2 || adds);
+  }
+  wgmma_commit_group();
+  give_turn();
+}
+
+// From what the converters make, each block of k promoted.
+template <typename T> __device__ __forceinline__ void Consumer<T>::multiply_converted(int panels) {
+  clear_total();
+#pragma unroll 1
+  for (int left = block.k_end() - block.k_begin(); left > 0; --left) {
+    w_ring.wait_full();
+    float inverse[2];
+    load_inverses(inverse);
+    note_inverse(inverse);
+    const uint32_t w = matrix_descriptor(w_ring.address() + warpgroup * (64 * 128));
+#pragma unroll
+    for (int panel = 0; panel < T::kPanels; ++panel) {
+      if (panel >= panels) continue;
+      multiply_panel(partial, w, true);
+      wgmma_wait_group<0>();
+      release_x(x_ring);
+      add_partial(total + panel * (T::kPanelRows / 2), inverse);
+    }
+    release_w(w_ring, always_true_after(inverse[0]) && always_true_after(inverse[1]));
+  }
+}
+
+// From registers, converted here, each block of k promoted. While the tensor cores multiply one step, this warp splits
+// the next and loads the next block into the registers that become free. A block is entered with its scale known and
+// step 0 split.
+template <typename T> __device__ __forceinline__ void Consumer<T>::multiply_from_registers() {
+  WBlock w;
+  uint32_t fragments[2][4 * T::kParts];  // one is multiplied while the other is made
+  // The thread's first bytes in a stage. Transposed: in row k = 2q of the box that has the warp's columns.
+  const uint32_t first = T::kTransposedW ? row_of(0) / 32 * (kTileK * 128) + 2 * q * 128 +
+                                               ((row_of(r) % 32 / 4) ^ (2 * q)) * 16 + row_of(r) % 4 * 4
+                                         : row_of(r) * 128 + (q ^ row_of(r) % 8) * 16;
+  auto load_w = [&](int step) {
+    const uint32_t address = w_ring.address() + first;
+    if constexpr (T::kTransposedW)
+      load_step_transposed(w, step, address);
+    else
+      load_step(w, step, address);
+  };
+  // The scales of what was loaded, after which the stage is given back. They need all of it, and the release is made to
+  // depend on them: issued right behind the loads, it would overtake those that wait behind queued wgmmas.
+  auto find_scales = [&] {
+    w.scale[0] = scale_of_row(w, 0), w.scale[1] = scale_of_row(w, 1);
+    __syncwarp();
+    release_w(w_ring, always_true_after(w.scale[0]) && always_true_after(w.scale[1]));
+  };
+  auto multiply_step = [&](const uint32_t* fragment, int step) {
+    const uint32_t x_hi = matrix_descriptor(x_ring.address()) + 2 * step;
+    if (T::kParts == 2) {
+      const uint32_t* lo = fragment + 4;
+      Wgmma<T::kPanelRows>::multiply(partial, lo, kDescriptorUpper | x_hi, step > 0);
+      Wgmma<T::kPanelRows>::multiply(partial, fragment, kDescriptorUpper | (x_hi + T::kXPartBytes / 16), 1);
+    }
+    Wgmma<T::kPanelRows>::multiply(partial, fragment, kDescriptorUpper | x_hi, T::kParts == 2 || step > 0);
+    wgmma_commit_group();
+  };
+  auto multiply_block = [&](bool has_next) {
+    const float inverse[2] = {inverse_of(w.scale[0]), inverse_of(w.scale[1])};
+    x_ring.wait_full();
+    if (has_next) w_ring.wait_full();
+    await_turn();
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      wgmma_fence();
+      multiply_step(fragments[step % 2], step);
+      if (step == 2) give_turn();
+      if (step < 3) {
+        if (step > 0) wgmma_wait_group<1>();  // the step before, which read the other fragment, is done
+        split_step<T::kParts>(fragments[(step + 1) % 2], w, step + 1);
+      }
+      if (has_next) load_w(step);
+    }
+    if (has_next) {
+      find_scales();
+      wgmma_wait_group<1>();
+      split_step<T::kParts>(fragments[0], w, 0);
+    }
+    wgmma_wait_group<0>();
+    release_x(x_ring);
+    add_partial(total, inverse);
+    note_inverse(inverse);
+  };
+
+  clear_total();
+  w_ring.wait_full();
+#pragma unroll
+  for (int step = 0; step < 4; ++step) load_w(step);
+  find_scales();
+  split_step<T::kParts>(fragments[0], w, 0);
+#pragma unroll 1
+  for (int left = block.k_end() - block.k_begin(); left > 0; --left) multiply_block(left > 1);
+}
+
+// The tensor core adds up all of K, both operands from shared memory; a block is released when the next one's products
+// are issued.
+template <typename T> __device__ __forceinline__ void Consumer<T>::multiply_whole(int panels) {
+  WRing w_done = w_ring;
+  XRing x_done = x_ring;
+  float inverse[2] = {1, 1};
+  auto release_read_w = [&] {
+    release_w(w_done, !T::kSharesW || (always_true_after(inverse[0]) && always_true_after(inverse[1])));
+  };
+  // What no panel of x is multiplied with must not look like a product that is not finite. It also tells the compiler
+  // that what total has been is needed no more.
+  if (T::kSharesW) clear_total();
+#pragma unroll 1
+  for (int k_block = block.k_begin(); k_block < block.k_end(); ++k_block) {
+    w_ring.wait_full();
+    if constexpr (T::kSharesW) {  // a larger entry of W may have made a scale smaller
+      float now[2];
+      load_inverses(now);
+      const bool differs = k_block > block.k_begin() && (now[0] != inverse[0] || now[1] != inverse[1]);
+      if (__any_sync(~0u, differs)) {
+        wgmma_wait_group<0>();
+        scale_total({inverse[0] * inverse_of(now[0]), inverse[1] * inverse_of(now[1])});
+      }
+      inverse[0] = now[0], inverse[1] = now[1];
+    }
+    const uint32_t w = matrix_descriptor(w_ring.address() + warpgroup * (64 * 128));
+#pragma unroll
+    for (int panel = 0; panel < T::kPanels; ++panel) {
+      if (panel >= panels) continue;
+      multiply_panel(total + panel * (T::kPanelRows / 2), w, k_block == block.k_begin());
+      x_ring.advance();
+      wgmma_wait_group<1>();
+      if (panel == 0 && k_block == block.k_begin()) continue;
+      if (panel == 0) release_read_w();
+      release_x(x_done);
+    }
+    w_ring.advance();
+    if (panels == 0) release_read_w();
+  }
+  wgmma_wait_group<0>();
+  if (panels > 0) release_read_w(), release_x(x_done);
+  if constexpr (T::kSharesW) scale_total(inverse), note_inverse(inverse);
+}
+
+template <typename T> __device__ __forceinline__ void Consumer<T>::multiply() {
+  largest_inverse[0] = largest_inverse[1] = 0;
+  if constexpr (!T::kPromotesEachBlock)
+    multiply_whole(block.panels(m0));
+  else if constexpr (T::kSharesW)
+    multiply_converted(block.panels(m0));
+  else
+    multiply_from_registers();
+  if constexpr (T::kKernel == Kernel::kFp16x1Staged) {
+    auto inverse_at = [&](int half) { return RowScale{args.w_split.inverse_scale[n_of(r, half)]}.inverse(); };
+    const float inverse[2] = {inverse_at(0), inverse_at(1)};
+    scale_total(inverse);
+    note_inverse(inverse);
+  }
+}
+
+// ---- The exchange between blocks that split K
+//
+// Every block adds up what all have for its groups of rows, in the order of k. So all send it theirs, as [other block]
+// [group of the receiver's][thread][4], and largest_inverse, which a row's four lanes have in common, as [other block]
+// [consumer warp][r][row r, row r + 8]. Its own it keeps as [group][thread][4] where W's ring was: st.async is not
+// defined where a cluster has one block.
+
+template <typename T> __device__ __forceinline__ uint32_t Consumer<T>::sums_address(int from, int to) const {
+  return block.shared + Shared::kSums + (from - (from > to)) * block.part.groups_per_block * kGroupBytes +
+         16 * (threadIdx.x - (T::kThreads - kConsumerThreads));
+}
+template <typename T> __device__ __forceinline__ uint32_t Consumer<T>::inverses_address(int from, int to) const {
+  return block.shared + Shared::kSums + T::kSentGroupBytes + (from - (from > to)) * T::kSentInverseBytes +
+         (warp * 8 + r) * 8;
+}
+
+// kBlocks: the cluster's, known to the compiler so that few instructions are left.
+template <typename T> template <int kBlocks> __device__ __forceinline__ void Consumer<T>::send_sums() {
+  constexpr int kShare = (T::kGroups + kBlocks - 1) / kBlocks;
+  static_assert(T::kGroups * kGroupBytes <= T::kWStages * T::kWStageBytes);
+  const uint32_t own = block.shared + Shared::kW + 16 * (threadIdx.x - (T::kThreads - kConsumerThreads));
+#pragma unroll
+  for (int owner = 0; owner * kShare < T::kGroups; ++owner) {
+    const float* its = total + owner * kShare * 4;
+    const int groups = min(kShare, T::kGroups - owner * kShare);
+    if (kBlocks == 1 || owner == int(block.rank)) {
+#pragma unroll
+      for (int group = 0; group < groups; ++group) st_shared_v4(own + group * kGroupBytes, its + 4 * group);
+    } else {
+      const uint32_t to = mapa(sums_address(block.rank, owner), owner),
+                     barrier = mapa(block.shared + Shared::kSumsFull, owner);
+#pragma unroll
+      for (int group = 0; group < groups; ++group) st_async_v4(to + group * kGroupBytes, its + 4 * group, barrier);
+      if (T::kIsFloat && q == 0)
+        st_async_v2(mapa(inverses_address(block.rank, owner), owner), largest_inverse, barrier);
+    }
+  }
+}
+
+template <typename T> __device__ __forceinline__ void Consumer<T>::finish_shared_tile() {
+  const int rank = int(block.rank), blocks = int(block.blocks), first = block.part.first_group,
+            last = block.part.last_group;
+  // Loaded before the waiting that follows, which hides how long the L2 cache takes.
+  float2 next_inverses = {};
+  if (T::kIsFloat) next_inverses = inverses_of_x(m0 + min(first, T::kGroups - 1) * 8 + 2 * q);
+  bar_sync(kConsumersBarrier, kConsumerThreads);  // both warpgroups are done with W's ring
+  barrier_cluster_wait();
+  static_assert(kMaxSplits == 4);
+  if (blocks == 1) send_sums<1>();
+  if (blocks == 2) send_sums<2>();
+  if (blocks == 3) send_sums<3>();
+  if (blocks == 4) send_sums<4>();
+  if (first < last) {
+    mbarrier_wait_cluster(block.shared + Shared::kSumsFull, 0);
+#pragma unroll 1
+    for (int other = 0; T::kIsFloat && other < blocks; ++other) {
+      if (other == rank) continue;
+      const float2 theirs = ld_shared_v2(inverses_address(other, rank));
+      note_inverse({theirs.x, theirs.y});
+    }
+  }
+  find_limits();
+  const uint32_t own = block.shared + Shared::kW + 16 * (threadIdx.x - (T::kThreads - kConsumerThreads));
+  uint32_t parts[kMaxSplits];  // of this block's first group
+#pragma unroll
+  for (int other = 0; other < kMaxSplits; ++other) parts[other] = other == rank ? own : sums_address(other, rank);
+  float check = 0;
+#pragma unroll 1
+  for (int group = first; group < last; ++group) {
+    const float2 inverses = next_inverses;
+    if (T::kIsFloat) next_inverses = inverses_of_x(m0 + min(group + 1, last - 1) * 8 + 2 * q);
+    float sums[4] = {};
+#pragma unroll
+    for (int other = 0; other < kMaxSplits; ++other) {
+      if (other >= blocks) continue;
+      const float4 part = ld_shared_v4(parts[other]);
+      sums[0] += part.x, sums[1] += part.y, sums[2] += part.z, sums[3] += part.w;
+      parts[other] += kGroupBytes;
+    }
+    finish<1>(m0 + group * 8 + 2 * q, sums, inverses, check);
+  }
+  not_finite = not_finite << 1 | (not_finite & 1u << 31) | (check != 0);
+}
+
+// ---- Lost sums (float32)
+//
+// Where a row's large entries meet zeros, the result is made of those that have lost bits. Such sums are known by their
+// size: the epilogue marks them, as NaN, and they are computed again.
+//
+// An entry so small in its scale, where the largest is below 2^15, that its last part is denormal is off by up to
+// 2^-25. Such errors of x or of W add up, at random, to 2^-25 * 2^15 * sqrt(k) times the largest inverse of W's scale,
+// in the scale of x's row. The limit is 2^18 times that, 2^11 with one product. A sum is lost if the thread's other
+// column is within its limit, too, or if it is 2^8 times below its own: one alone may be near 0 by chance. A row of W
+// that is 0 has limit 0, and always agrees; two have nothing to lose. With the largest scale there is, that of zeros
+// and of the smallest numbers, nothing is lost.
+
+template <typename T> __device__ __forceinline__ void Consumer<T>::note_inverse(const float (&inverse)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) largest_inverse[half] = fmaxf(largest_inverse[half], inverse[half]);
+}
+
+template <typename T> __device__ __forceinline__ void Consumer<T>::find_limits() {
+  const float factor = 0x1p-10f * (T::kParts == 2 ? 0x1p18f : 0x1p11f) * sqrtf(args.k);
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    limit[half] = largest_inverse[half] > kSmallestInverse ? factor * largest_inverse[half] : 0;
+}
+
+// first, second: |sums| of the thread's two columns.
+template <typename T>
+__device__ __forceinline__ bool Consumer<T>::are_lost(float first, float second, bool (&lost)[2]) const {
+  const bool both = first <= limit[0] && second <= limit[1] && limit[0] + limit[1] > 0;
+  lost[0] = both || first < 0x1p-8f * limit[0], lost[1] = both || second < 0x1p-8f * limit[1];
+  return lost[0] || lost[1];
+}
+
+// Any of these: nearly never.
+template <typename T>
+template <int kGroups>
+__device__ __forceinline__ bool Consumer<T>::may_be_lost(const float* sums) const {
+  float smallest[2] = {INFINITY, INFINITY};
+#pragma unroll
+  for (int i = 0; i < 4 * kGroups; ++i) {
+    float& least = smallest[i / 2 % 2];
+    least = fminf(least, fabsf(sums[i]));
+  }
+  bool lost[2];
+  return are_lost(smallest[0], smallest[1], lost);
+}
+
+// A sum of 0 is taken for right, unless entries of x became zero.
+template <typename T>
+template <int kGroups>
+__device__ __forceinline__ void Consumer<T>::mark_lost(int m, float* sums) const {
+#pragma unroll
+  for (int pair = 0; pair < 2 * kGroups; ++pair) {  // a row of out
+    float& first = sums[pair / 2 * 4 + pair % 2];
+    float& second = sums[pair / 2 * 4 + pair % 2 + 2];
+    const RowScale row = {args.x_split.inverse_scale[m + pair / 2 * 8 + pair % 2]};
+    bool lost[2];
+    are_lost(fabsf(first), fabsf(second), lost);
+    if (row.inverse() <= kSmallestInverse) continue;
+    if (lost[0] && (first != 0 || row.has_vanished())) first = NAN;
+    if (lost[1] && (second != 0 || row.has_vanished())) second = NAN;
+  }
+}
+
+// sum + a * b, term by term as a plain float32 dot product does it.
+__device__ __forceinline__ float add_dot(float4 a, float4 b, float sum) {
+  return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
+}
+
+// A product that is not finite may be so because of the conversion (Inf - Inf in lo, an overflow of the scaled sum, or
+// a lost one). Such elements are computed again as float32 dot products, which are NaN or Inf where eager's are. Which
+// they are is read from what was stored, so that no registers need be kept: an element not finite for another reason
+// (bias, s) comes out as it was. Of a tile, what this block has of the warp's 16 columns.
+template <typename T> __device__ __forceinline__ void Consumer<T>::repair(int m_tile, int n_tile) const {
+  if constexpr (T::kIsFloat) {
+    Element *out = static_cast<Element*>(args.out), *z = static_cast<Element*>(args.z);
+    const float *all_x = static_cast<const float*>(args.x), *all_w = static_cast<const float*>(args.w);
+    auto w_at = [&](int n, int k) {
+      return T::kTransposedW ? all_w + k * args.w_stride + n : all_w + n * args.w_stride + k;
+    };
+    const bool is_aligned = (T::kConvertsW && !T::kTransposedW) || args.is_aligned;
+    // Rows outside are not used, but must be read from somewhere.
+    auto x_row = [&](int m) { return all_x + min(m, args.m - 1) * args.x_stride; };
+    auto w_row = [&](int n) { return w_at(min(n, args.n - 1), 0); };
+    auto x_four = [&](const float* row, int k) { return load_four(row, k, args.k, is_aligned); };
+    auto w_four = [&](const float* row, int k) {
+      if (!T::kTransposedW) return load_four(row, k, args.k, is_aligned);
+      auto or_zero = [&](int k_) { return k_ < args.k ? row[k_ * args.w_stride] : 0; };
+      return float4{or_zero(k), or_zero(k + 1), or_zero(k + 2), or_zero(k + 3)};
+    };
+    auto is_lost = [&](int m, int n) {
+      return m < args.m && n < args.n && !(fabsf(out[int64_t(m) * args.n + n]) < INFINITY);
+    };
+    auto store = [&](int m, int n, float product) {
+      const int64_t at = int64_t(m) * args.n + n;
+      const float value = product + bias_of(n);
+      if (z != nullptr) z[at] = value;
+      out[at] = sigmoid_residual(value, args.scale);
+    };
+    const int n_first = n_tile + warp * 16;
+    const int last = T::kSplitK ? block.part.last_group : T::kGroups;
+#pragma unroll 1
+    for (int group = T::kSplitK ? block.part.first_group : 0; group < last; group += 2) {  // patches of 16 rows
+      const int m_patch = m_tile + group * 8, rows = min(2, last - group) * 8;
+      // A thread looks at column lane % 16, every other row from lane / 16 on.
+      unsigned lost = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int row = 2 * i + lane / 16;
+        if (row < rows && is_lost(m_patch + row, n_first + lane % 16)) lost |= 1 << i;
+      }
+      const unsigned count = __reduce_add_sync(~0u, __popc(lost));
+      if (count > 32) {
+        // Many: the warp multiplies all of them, each thread 8 columns by 4 rows of a quarter of every 16 k, so
+        // that an operand loaded serves several. Blocks of k are added up apart: smaller rounding errors.
+        const int quarter = lane % 4, n = n_first + lane / 4 % 2 * 8, m = m_patch + lane / 8 * 4;
+        int64_t x_rows[4], w_rows[8];  // offsets
+#pragma unroll
+        for (int j = 0; j < 8; ++j) w_rows[j] = w_row(n + j) - all_w;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x_rows[i] = x_row(m + i) - all_x;
+        // Or the compiler computes them anew for each load.
+#pragma unroll
+        for (int i = 0; i < 4; ++i) asm volatile("" : "+l"(x_rows[i]), "+l"(w_rows[i]), "+l"(w_rows[4 + i]));
+        float product[8][4] = {};
+#pragma unroll 1
+        for (int k_block = 0; k_block < args.k; k_block += 4 * kTileK) {
+          float sum[8][4] = {};
+#pragma unroll 1
+          for (int k = k_block + quarter * 4; k < min(k_block + 4 * kTileK, args.k); k += 16) {
+            float4 a[8];
+#pragma unroll
+            for (int j = 0; j < 8; ++j) a[j] = w_four(all_w + w_rows[j], k);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const float4 b = x_four(all_x + x_rows[i], k);
+#pragma unroll
+              for (int j = 0; j < 8; ++j) sum[j][i] = add_dot(a[j], b, sum[j][i]);
+            }
+          }
+#pragma unroll
+          for (int i = 0; i < 32; ++i) product[i / 4][i % 4] += sum[i / 4][i % 4];
+        }
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          float mine = 0;  // of row m + quarter
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            float all = product[j][i] + __shfl_xor_sync(~0u, product[j][i], 1);
+            all += __shfl_xor_sync(~0u, all, 2);
+            if (i == quarter) mine = all;
+          }
+          if (lane / 8 * 4 + quarter < rows && is_lost(m + quarter, n + j)) store(m + quarter, n + j, mine);
+        }
+      } else if (count > 0) {  // few: one after the other
+        for (unsigned lanes; (lanes = __ballot_sync(~0u, lost != 0)) != 0;) {
+          const int owner = __ffs(lanes) - 1;
+          const int m = m_patch + 2 * __shfl_sync(~0u, __ffs(lost) - 1, owner) + owner / 16;
+          const int n = n_first + owner % 16;
+          float sum = 0;
+#pragma unroll 4
+          for (int k = lane * 4; k < args.k; k += 128) sum = add_dot(w_four(w_row(n), k), x_four(x_row(m), k), sum);
+          for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+          if (lane == owner) {
+            store(m, n, sum);
+            lost &= lost - 1;
+          }
+        }
+      }
+    }
+  }
+}
+
+// ---- Stores
+//
+// Groups of 8 rows: four of a thread's elements, two rows of out from m = the group's first + 2q and two columns, as
+// [column][row]. A warp's stores fill whole 32-byte sectors. z is stored by the same code as out, in a pass of its own.
+// Measured: what is rarely executed should be short or far away, since instructions are read from memory, too.
+
+template <typename T> __device__ __forceinline__ float Consumer<T>::bias_of(int n) const {
+  const Element* all = static_cast<const Element*>(args.bias);
+  return all != nullptr && n < args.n ? to_compute(all[n]) : 0;
+}
+
+// The inverses of the scales of x's rows m and m + 1, as RowScale has them.
+template <typename T> __device__ __forceinline__ float2 Consumer<T>::inverses_of_x(int m) const {
+  return *reinterpret_cast<const float2*>(args.x_split.inverse_scale + m);
+}
+
+// Float32. Where a product is not finite what is stored is NaN, whatever the activation is: repair looks for those.
+// check: NaN once there was one.
+template <typename T>
+template <int kGroups>
+__device__ __forceinline__ void Consumer<T>::store_float(Element* to, bool is_z, int m, const float* sums,
+                                                         float2 first_inverses, float& check) const {
+  to += int64_t(m) * args.n + n_of(r, 0);
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group, to += 8 * int64_t(args.n)) {
+    const float2 both = group == 0 ? first_inverses : inverses_of_x(m + 8 * group);
+    const RowScale rows[2] = {{both.x}, {both.y}};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float product = sums[4 * group + e] * rows[e % 2].inverse();
+      check = fmaf(product, 0.0f, check);
+      const float value = sigmoid_residual(product + bias[e / 2], is_z ? 0 : args.scale);
+      if (m + group * 8 + e % 2 < args.m && n_of(r, e / 2) < args.n)
+        (e % 2 ? to + args.n : to)[e / 2 * T::kColumnStep] = value;
+    }
+  }
+}
+
+// 16 bits. Neighbours along n exchange, so that each has two columns of one row: 4 bytes.
+template <typename T>
+template <int kGroups>
+__device__ __forceinline__ void Consumer<T>::store_pairs(Element* to, bool is_z, int m, const float* sums) const {
+  const bool odd = r % 2, is_whole = m0 + T::kRows <= args.m && n0 + kTileN <= args.n && args.n % 2 == 0;
+  uint32_t both[kGroups][2];
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    float v[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) v[e] = sigmoid_residual<true>(sums[4 * group + e] + bias[e / 2], is_z ? 0 : args.scale);
+    const Vector<Element, 2> even_row = {from_compute<Element>(v[0]), from_compute<Element>(v[2])};
+    const Vector<Element, 2> odd_row = {from_compute<Element>(v[1]), from_compute<Element>(v[3])};
+    const uint32_t rows[2] = {reinterpret_cast<const uint32_t&>(even_row), reinterpret_cast<const uint32_t&>(odd_row)};
+    const uint32_t kept = odd ? rows[1] : rows[0];
+    const uint32_t other = __shfl_xor_sync(~0u, odd ? rows[0] : rows[1], 4);
+    both[group][0] = __byte_perm(kept, other, odd ? 0x1054 : 0x5410);  // the even neighbour's is the lower half
+    both[group][1] = __byte_perm(kept, other, odd ? 0x3276 : 0x7632);
+  }
+  const int row = m + odd, n = n_of(r - odd, 0);
+  to += int64_t(row) * args.n + n;
+  if (is_whole) {
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group, to += 8 * int64_t(args.n)) {
+      *reinterpret_cast<uint32_t*>(to) = both[group][0];
+      *reinterpret_cast<uint32_t*>(to + 8) = both[group][1];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4 * kGroups; ++i) {
+      const int group = i / 4, half = i / 2 % 2, column = half * 8 + i % 2;
+      if (row + group * 8 < args.m && n + column < args.n)
+        to[group * 8 * int64_t(args.n) + column] = reinterpret_cast<const Element*>(&both[group][half])[i % 2];
+    }
+  }
+}
+
+// 16 bits: through shared memory, from where TMA stores whole lines while the next box is made.
+template <typename T>
+__device__ __forceinline__ void Consumer<T>::store_boxes(const CUtensorMap* map, bool is_z, const float* sums) const {
+  const bool is_first = threadIdx.x % 128 == 0;  // of the warpgroup
+  const int barrier = kWarpgroupBarriers + warpgroup;
+  const uint32_t boxes = block.shared + Shared::kBoxes + warpgroup * (2 * T::kBoxBytes);
+#pragma unroll
+  for (int box = 0; box < T::kRows / T::kBoxRows; ++box) {
+    const uint32_t offset = box % 2 * T::kBoxBytes;
+    if (is_first) cp_async_bulk_wait_group_read<1>();  // the box before the last, which was here, has left
+    bar_sync(barrier, 128);
+    // stmatrix's matrices: columns r of a group of 8 rows, r + 8, and the same of the next. Under TMA's swizzle. The
+    // lane is read anew, or the compiler keeps the address for the next tile, in a register that it lacks.
+    const int thread = laneid(), matrix = thread / 8, row = thread % 8, column = warp % 4 * 2 + matrix % 2;
+    const uint32_t mine = boxes + offset + (matrix / 2 * 8 + row) * 128 + (column ^ row) * 16;
+#pragma unroll
+    for (int first_row = 0; first_row < T::kBoxRows; first_row += 16) {
+      const float* v = sums + (box * T::kBoxRows + first_row) / 8 * 4;
+      uint32_t matrices[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        Vector<Element, 2> two;
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          two.v[e] = from_compute<Element>(sigmoid_residual<true>(v[2 * i + e] + bias[i % 2], is_z ? 0 : args.scale));
+        matrices[i] = reinterpret_cast<const uint32_t&>(two);
+      }
+      stmatrix_x4_trans(mine + first_row * 128, matrices);
+    }
+    fence_proxy_async_shared();
+    bar_sync(barrier, 128);
+    if (is_first) {
+      cp_async_bulk_tensor_2d_store(map, n0 + warpgroup * 64, m0 + box * T::kBoxRows, boxes + offset);
+      cp_async_bulk_commit_group();
+    }
+  }
+}
+
+// m: the first group's first row + 2q. first_inverses: float32, inverses_of_x(m), loaded before what branches here.
+template <typename T>
+template <int kGroups>
+__device__ __forceinline__ void Consumer<T>::finish(int m, float* sums, float2 first_inverses, float& check) {
+  Element *out = static_cast<Element*>(args.out), *z = static_cast<Element*>(args.z);
+  if constexpr (T::kIsFloat)
+    if (may_be_lost<kGroups>(sums)) mark_lost<kGroups>(m, sums);
+#pragma unroll 1
+  for (bool is_z = z != nullptr;; is_z = false) {
+    Element* to = is_z ? z : out;
+    // Hides from the compiler that both passes begin with the same: it would compute what follows from that once and
+    // keep it, but no registers are free.
+    asm volatile("" : "+f"(bias[0]), "+f"(bias[1]), "+r"(m));
+    if constexpr (T::kIsFloat) {
+      store_float<kGroups>(to, is_z, m, sums, first_inverses, check);
+    } else if (T::kStoresBoxes && args.can_store_boxes) {
+      if constexpr (T::kStoresBoxes) store_boxes(is_z ? &store_maps.z : &store_maps.out, is_z, sums);
+    } else {
+      constexpr int kBatch = kGroups < 4 ? kGroups : 4;  // as registers allow
+#pragma unroll
+      for (int group = 0; group < kGroups; group += kBatch)
+        store_pairs<kBatch>(to, is_z, m + group * 8, sums + 4 * group);
+    }
+    if (!is_z) break;
+  }
+}
+
+template <typename T> __device__ __forceinline__ void Consumer<T>::finish_tile() {
+  bias[0] = bias_of(n_of(r, 0)), bias[1] = bias_of(n_of(r, 1));
+  if constexpr (T::kSplitK) {
+    finish_shared_tile();
+  } else if constexpr (T::kIsFloat) {
+    float check = 0;
+    find_limits();
+    // 128 rows after the other, in the same registers.
+#pragma unroll 1
+    for (int first = 0; first < T::kRows && m0 + first < args.m; first += 128) {
+      const int m = m0 + first + 2 * q;
+      finish<16>(m, total, inverses_of_x(m), check);
+#pragma unroll
+      for (int i = 0; i < 64; ++i) total[i] = total[T::kRows / 2 - 64 + i];
+    }
+    not_finite = not_finite << 1 | (not_finite & 1u << 31) | (check != 0);
+  } else {
+    float check = 0;
+    finish<T::kGroups>(m0 + 2 * q, total, {}, check);
+  }
+}
+
+#endif  // HAS_SM90A
+
+// ---- The kernel: assigns roles
+
+template <typename T>
+__global__ void __launch_bounds__(T::kThreads, 1)
+    linear_kernel(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_map,
+                  const __grid_constant__ CUtensorMap x_lo_map,
+                  const __grid_constant__ StoreMaps<T::kStoresBoxes> store_maps,
+                  const __grid_constant__ Arguments args) {
+#ifdef HAS_SM90A
+  extern __shared__ __align__(1024) uint8_t shared_memory[];  // the swizzle repeats every 1024 bytes
+  const Block<T> block(args, shared_memory);
+  using Shared = SharedLayout<T>;
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < T::kWStages; ++i) {
+      mbarrier_init(block.shared + Shared::kWFull + 8 * i, 1);
+      mbarrier_init(block.shared + Shared::kWEmpty + 8 * i, T::kSharesW ? kConverterWarps : kConsumerWarps);
+    }
+    for (int i = 0; i < T::kConvertedStages; ++i) {
+      mbarrier_init(block.shared + Shared::kConvertedFull + 8 * i, 32 * kConverterWarps);
+      mbarrier_init(block.shared + Shared::kConvertedEmpty + 8 * i, (32 + 1) * kConsumerWarps);
+    }
+    for (int i = 0; i < T::kXStages; ++i) {
+      mbarrier_init(block.shared + Shared::kXFull + 8 * i, 1);
+      mbarrier_init(block.shared + Shared::kXEmpty + 8 * i, kConsumerWarps * T::kBlocksSharingX);
+    }
+    mbarrier_init(block.shared + Shared::kSumsFull, 1);
+    fence_mbarrier_init();
+    if (T::kSplitK) {  // what every other block sends this one
+      const int groups = block.part.last_group - block.part.first_group;
+      mbarrier_arrive_expect_tx(
+          block.shared + Shared::kSumsFull,
+          (int(block.blocks) - 1) * (groups * kGroupBytes + (groups > 0 ? T::kSentInverseBytes : 0)));
+    }
+    prefetch_w(block, w_map);
+    prefetch_tensormap(&x_map);
+    prefetch_tensormap(&x_lo_map);
+  }
+  __syncthreads();
+  // Before anything of another block's is touched; where they share a tile that is at its end.
+  barrier_cluster_arrive_relaxed();
+  if (!T::kSplitK) barrier_cluster_wait();
+
+  // No block may end while another still multicasts or copies to it, or arrives on its barriers.
+  auto leave_cluster = [] {
+    if (T::kSplitK) return;
+    barrier_cluster_arrive();
+    barrier_cluster_wait();
+  };
+
+  if (block.warp < 4) {
+    setmaxnreg_dec<T::kProducerRegisters>();
+    // Two threads, so that W may run ahead by its whole ring while x waits for a stage, and the other way round.
+    if (block.lane == 0 && block.warp < 2) {
+      if (block.warp == 0)
+        produce_w(block, w_map);
+      else
+        produce_x(block, x_map, x_lo_map);
+    }
+    __syncwarp();  // the other lanes have waited here
+    if (T::kSplitK) barrier_cluster_wait();
+  } else if (block.warp < T::kFirstConsumerWarp) {
+    if constexpr (T::kSharesW) {
+      setmaxnreg_dec<T::kConverterRegisters>();
+      convert_w(block);
+    }
+  } else {
+    setmaxnreg_inc<T::kConsumerRegisters>();
+    griddepcontrol_wait();  // for inverse_scale, of float32
+    Consumer<T> consumer(block, store_maps);
+    if (consumer.warpgroup == 1) consumer.give_turn();
+    block.for_each_tile([&](int m0, int n0) {
+      consumer.m0 = m0, consumer.n0 = n0;
+      consumer.multiply();
+      consumer.finish_tile();
+    });
+    if (T::kStoresBoxes && threadIdx.x % 128 == 0) cp_async_bulk_wait_group_read<0>();
+    if (consumer.warpgroup == 0) consumer.await_turn();  // takes the last turn, so that the barrier ends as it began
+    if (!T::kIsFloat || !__any_sync(~0u, consumer.not_finite != 0)) {
+      leave_cluster();  // here, and not behind the instructions that follow
+      return;
+    }
+    __syncwarp();    // what other threads have stored is read, too
+    int later = -1;  // tiles
+    block.for_each_tile([&](int, int) { ++later; });
+    block.for_each_tile([&](int m0, int n0) {
+      if (__any_sync(~0u, consumer.not_finite >> min(later--, 31) & 1)) consumer.repair(m0, n0);
+    });
+  }
+  leave_cluster();
+#endif
+}
+
+// ---- Launches
+
+template <typename T> constexpr CUtensorMapDataType kTensorMapType = CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+template <> constexpr CUtensorMapDataType kTensorMapType<__half> = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+template <> constexpr CUtensorMapDataType kTensorMapType<__nv_bfloat16> = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+
+// A tensor map over a row-major 2-d tensor, boxes of `box_rows` rows of 128 bytes, 128-byte swizzle, zeros outside.
+template <typename T>
+static cudaError_t encode_tensor_map(CUtensorMap* map, T* base, int64_t rows, int64_t cols, int64_t row_stride,
+                                     int box_rows, CUtensorMapL2promotion promotion) {
+  // Through the runtime, so that libcuda need not be linked.
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(
+        error == cudaSuccess && found == cudaDriverEntryPointSuccess ? function : nullptr);
+  }();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  const cuuint64_t sizes[2] = {cuuint64_t(cols), cuuint64_t(rows)};
+  const cuuint64_t strides[1] = {cuuint64_t(row_stride) * sizeof(T)};
+  const cuuint32_t box[2] = {128u / sizeof(T), cuuint32_t(box_rows)}, element_strides[2] = {1, 1};
+  const CUresult result =
+      encode(map, kTensorMapType<std::remove_const_t<T>>, 2, const_cast<std::remove_const_t<T>*>(base), sizes, strides,
+             box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, promotion,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 // A launch of linear_kernel<T>. Its attributes are part of it: not to be copied.
 template <typename T> struct Launch {
   cudaLaunchConfig_t config = {};
@@ -1881,14 +2118,14 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
   using Element = typename T::Element;
   cudaError_t error = cudaSuccess;
   // First, so that the GPU has work while the host prepares the rest.
-  if constexpr (T::kOperands == Operands::kStaged)
+  if constexpr (T::kKernel == Kernel::kFp16x1Staged)
     error = launch_split_rows<256, 1>(args.w, args.w_stride, args.w_split, args.n, kMaxRows, args.k, args.is_aligned,
                                       false, stream);
   if constexpr (T::kIsFloat)
     if (error == cudaSuccess)
       error = launch_split_rows<T::kSplitK ? 512 : 256, T::kParts>(args.x, args.x_stride, args.x_split, args.m,
                                                                    TileScheduler<T>::kClusterM, args.k, args.is_aligned,
-                                                                   T::kKeepsOrder, stream);
+                                                                   T::kKeepsOrderOfK, stream);
   CUtensorMap w_map, x_map, x_lo_map;
   StoreMaps<T::kStoresBoxes> store_maps = {};
   // Measured: without promotion 1 us less where W is only read once, 0.2 % more elsewhere.
@@ -1897,9 +2134,9 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
     if (error == cudaSuccess) error = encode_tensor_map(map, base, rows, k, stride, box_rows, promotion);
   };
   const SplitRows &x = args.x_split, &w = args.w_split;
-  const int x_rows = T::box_rows_of_x(args.m);
+  const int x_rows = T::x_box_rows(args.m);
   const Element* entries = static_cast<const Element*>(args.w);
-  if constexpr (T::kOperands == Operands::kStaged)
+  if constexpr (T::kKernel == Kernel::kFp16x1Staged)
     encode(&w_map, w.hi, args.n, w.padded_k, w.padded_k, T::kWBoxRows);
   else if constexpr (T::kTransposedW)
     encode(&w_map, entries, args.k, args.n, args.w_stride, T::kWBoxRows);
@@ -1918,11 +2155,11 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
           encode(&store_maps.z, static_cast<Element*>(args.z), args.m, args.n, args.n, T::kBoxRows);
       }
   }
-  static_assert(kPaddedRows % TileScheduler<T>::kClusterM == 0, "inverse_scale is read up to a cluster's last row");
+  static_assert(kPaddedRowsUnit % TileScheduler<T>::kClusterM == 0, "inverse_scale is read up to a cluster's last row");
   int resident;
   if (error == cudaSuccess) error = prepare_kernel<T>(device, &resident);
   if (error != cudaSuccess) return error;
-  const int clusters = TileScheduler<T>(args.m, args.n).clusters();
+  const int clusters = TileScheduler<T>{args.m, args.n}.clusters();
   const Launch<T> launch(T::kSplitK ? clusters : std::min(resident, clusters), T::kSplitK ? splits : T::kClusterBlocks,
                          stream);
   error = cudaLaunchKernelEx(&launch.config, linear_kernel<T>, w_map, x_map, x_lo_map, store_maps, args);
@@ -1930,19 +2167,19 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
 }
 
 // The tiles there are; which is the best is for model_new.py to say.
-template <Operands kOperands, typename Element, bool kTransposedW = false>
+template <Kernel kKernel, typename Element, bool kTransposedW = false>
 static cudaError_t launch(const Arguments& args, int rows, int splits, int device, cudaStream_t stream) {
   const bool is_split = splits >= 1 && splits <= kMaxSplits && splits <= (args.k + kTileK - 1) / kTileK;
   const auto launch_if = [&](auto tile) { return launch_tile<decltype(tile)>(args, splits, device, stream); };
-  if (splits == 0 && rows == 256) return launch_if(Tile<kOperands, Element, 256, false, kTransposedW>());
-  if constexpr (kOperands == Operands::kSplit)
-    if (splits == 0 && rows == 128) return launch_if(Tile<kOperands, Element, 128, false, kTransposedW>());
+  if (splits == 0 && rows == 256) return launch_if(Tile<kKernel, Element, 256, false, kTransposedW>());
+  if constexpr (kKernel == Kernel::kFp16x3)
+    if (splits == 0 && rows == 128) return launch_if(Tile<kKernel, Element, 128, false, kTransposedW>());
   // A copy of W (kStaged) pays with many rows only.
-  if constexpr (kOperands != Operands::kStaged) {
-    if (is_split && rows == 128) return launch_if(Tile<kOperands, Element, 128, true, kTransposedW>());
-    if (is_split && rows == 64) return launch_if(Tile<kOperands, Element, 64, true, kTransposedW>());
-    if (is_split && rows == 32) return launch_if(Tile<kOperands, Element, 32, true, kTransposedW>());
-    if (is_split && rows == 16) return launch_if(Tile<kOperands, Element, 16, true, kTransposedW>());
+  if constexpr (kKernel != Kernel::kFp16x1Staged) {
+    if (is_split && rows == 128) return launch_if(Tile<kKernel, Element, 128, true, kTransposedW>());
+    if (is_split && rows == 64) return launch_if(Tile<kKernel, Element, 64, true, kTransposedW>());
+    if (is_split && rows == 32) return launch_if(Tile<kKernel, Element, 32, true, kTransposedW>());
+    if (is_split && rows == 16) return launch_if(Tile<kKernel, Element, 16, true, kTransposedW>());
   }
   return cudaErrorInvalidValue;
 }
@@ -2013,8 +2250,7 @@ static int parts_of(Conversion what) {
 int64_t linear_hopper_scratch(int64_t m, int64_t n, int64_t k, int conversion) {
   const auto what = static_cast<Conversion>(conversion);
   if (what == Conversion::kNone) return 0;
-  return hopper::SplitRows::bytes(m, k, parts_of(what)) +
-         (what == Conversion::kStaged ? hopper::SplitRows::bytes(n, k, 1) : 0);
+  return SplitRows::bytes(m, k, parts_of(what)) + (what == Conversion::kStaged ? SplitRows::bytes(n, k, 1) : 0);
 }
 
 // The fused layer on compute capability 9.0, in tiles of `rows` by 128; splits: blocks that share a tile, each with a
@@ -2027,7 +2263,6 @@ int64_t linear_hopper_scratch(int64_t m, int64_t n, int64_t k, int conversion) {
 int linear_hopper(const void* x, const void* w, const void* bias, void* out, void* z, void* scratch, int64_t x_stride,
                   int64_t w_stride, int64_t m, int64_t n, int64_t k, double scale, int dtype, int conversion, int rows,
                   int splits, int device, cudaStream_t stream) {
-  using hopper::Operands;
   const DeviceGuard guard(device);
   if (guard.error != cudaSuccess) return guard.error;
   const auto what = static_cast<Conversion>(conversion);
@@ -2035,8 +2270,8 @@ int linear_hopper(const void* x, const void* w, const void* bias, void* out, voi
   if ((what == Conversion::kNone) == (static_cast<DType>(dtype) == DType::kFloat32)) return cudaErrorInvalidValue;
   const int parts = parts_of(what);
   if (scratch == nullptr && what != Conversion::kNone) return cudaErrorInvalidValue;
-  const hopper::SplitRows x_split(scratch, m, k, parts);
-  const hopper::SplitRows w_split(static_cast<char*>(scratch) + hopper::SplitRows::bytes(m, k, parts), n, k, 1);
+  const SplitRows x_split(scratch, m, k, parts);
+  const SplitRows w_split(static_cast<char*>(scratch) + SplitRows::bytes(m, k, parts), n, k, 1);
   const bool is_aligned = k % 4 == 0 && x_stride % 4 == 0 && aligned16(x, x, x) &&
                           (what == Conversion::kSplitTransposed || (w_stride % 4 == 0 && aligned16(w, w, w)));
   const bool can_store_boxes = n % 8 == 0 && aligned16(out, z, z);
@@ -2047,20 +2282,20 @@ int linear_hopper(const void* x, const void* w, const void* bias, void* out, voi
     case DType::kFloat32:
       switch (what) {
         case Conversion::kSplit:
-          return hopper::launch<Operands::kSplit, float>(args, rows, splits, device, stream);
+          return hopper::launch<Kernel::kFp16x3, float>(args, rows, splits, device, stream);
         case Conversion::kRounded:
-          return hopper::launch<Operands::kRounded, float>(args, rows, splits, device, stream);
+          return hopper::launch<Kernel::kFp16x1, float>(args, rows, splits, device, stream);
         case Conversion::kStaged:
-          return hopper::launch<Operands::kStaged, float>(args, rows, splits, device, stream);
+          return hopper::launch<Kernel::kFp16x1Staged, float>(args, rows, splits, device, stream);
         case Conversion::kSplitTransposed:
-          return hopper::launch<Operands::kSplit, float, true>(args, rows, splits, device, stream);
+          return hopper::launch<Kernel::kFp16x3, float, true>(args, rows, splits, device, stream);
         default:
           return cudaErrorInvalidValue;
       }
     case DType::kFloat16:
-      return hopper::launch<Operands::kNative, __half>(args, rows, splits, device, stream);
+      return hopper::launch<Kernel::kWgmma16, __half>(args, rows, splits, device, stream);
     case DType::kBFloat16:
-      return hopper::launch<Operands::kNative, __nv_bfloat16>(args, rows, splits, device, stream);
+      return hopper::launch<Kernel::kWgmma16, __nv_bfloat16>(args, rows, splits, device, stream);
     default:
       return cudaErrorInvalidValue;
   }
@@ -2072,7 +2307,7 @@ int pad_rows(const void* from, void* to, int64_t from_stride, int64_t rows, int6
              int element_bytes, int device, cudaStream_t stream) {
   const DeviceGuard guard(device);
   if (guard.error != cudaSuccess) return guard.error;
-  return hopper::launch_pad_rows(from, from_stride, to, rows, k, to_stride, element_bytes, stream);
+  return launch_pad_rows(from, from_stride, to, rows, k, to_stride, element_bytes, stream);
 }
 
 }  // extern "C"
