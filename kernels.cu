@@ -83,13 +83,13 @@ template <bool kFast = false> __device__ __forceinline__ float sigmoid(float z) 
 }
 __device__ __forceinline__ double sigmoid(double z) { return 1.0 / (1.0 + exp(-z)); }
 
-template <bool kFast = false> __device__ __forceinline__ float sigmoid_residual(float z, float scale) {
+template <bool kFast = false> __device__ __forceinline__ float activation(float z, float scale) {
   return z + scale * sigmoid<kFast>(z);
 }
-__device__ __forceinline__ double sigmoid_residual(double z, double scale) { return z + scale * sigmoid(z); }
+__device__ __forceinline__ double activation(double z, double scale) { return z + scale * sigmoid(z); }
 
 // d out / d z
-template <typename C> __device__ __forceinline__ C sigmoid_residual_derivative(C z, C scale) {
+template <typename C> __device__ __forceinline__ C activation_derivative(C z, C scale) {
   const C p = sigmoid(z);
   return C(1) + scale * p * (C(1) - p);
 }
@@ -118,8 +118,7 @@ __global__ void __launch_bounds__(kEpilogueThreads)
     const int64_t i = first + u * kEpilogueThreads;
     if (i >= vectors) continue;
 #pragma unroll
-    for (int e = 0; e < kWidth; ++e)
-      value[u].v[e] = from_compute<T>(sigmoid_residual(to_compute(value[u].v[e]), scale));
+    for (int e = 0; e < kWidth; ++e) value[u].v[e] = from_compute<T>(activation(to_compute(value[u].v[e]), scale));
     out_vec[i] = value[u];
   }
 }
@@ -178,7 +177,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps)
       Vec result;
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) {
-        const C d = to_compute(g.v[e]) * sigmoid_residual_derivative(to_compute(zv.v[e]), scale);
+        const C d = to_compute(g.v[e]) * activation_derivative(to_compute(zv.v[e]), scale);
         sum[e] += d;
         result.v[e] = from_compute<T>(d);
       }
@@ -256,6 +255,14 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+// first ? a : b, without a branch: for each element that would take longer than to compute both.
+__device__ __forceinline__ float select(bool first, float a, float b) {
+  float result;
+  asm("{\n .reg .pred p;\n setp.ne.u32 p, %3, 0;\n selp.f32 %0, %1, %2, p;\n}"
+      : "=f"(result)
+      : "f"(a), "f"(b), "r"(uint32_t(first)));
+  return result;
 }
 // The largest of a warp's.
 __device__ __forceinline__ uint32_t warp_max(uint32_t v) {
@@ -439,6 +446,17 @@ __device__ __forceinline__ void bar_sync(int id, int threads) {
 __device__ __forceinline__ void bar_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// bar_sync, and whether `value` is true in any of the threads.
+__device__ __forceinline__ bool bar_red_or(int id, int threads, bool value) {
+  uint32_t any;
+  asm volatile(
+      "{\n .reg .pred p, q;\n setp.ne.u32 p, %3, 0;\n"
+      " bar.red.or.pred q, %1, %2, p;\n selp.u32 %0, 1, 0, q;\n}"
+      : "=r"(any)
+      : "r"(id), "r"(threads), "r"(uint32_t(value))
+      : "memory");
+  return any;
+}
 template <int kRegisters> __device__ __forceinline__ void setmaxnreg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
@@ -474,8 +492,8 @@ __device__ __forceinline__ void st_shared_v4(uint32_t to, const uint32_t* v) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
                : "memory");
 }
-__device__ __forceinline__ void st_shared_b16(uint32_t to, uint16_t v) {
-  asm volatile("st.shared.b16 [%0], %1;" ::"r"(to), "h"(v) : "memory");
+__device__ __forceinline__ void st_shared_v2(uint32_t to, uint32_t a, uint32_t b) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(a), "r"(b) : "memory");
 }
 __device__ __forceinline__ void st_shared(uint32_t to, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory");
@@ -491,11 +509,12 @@ __device__ __forceinline__ void st_async_v2(uint32_t to, const float* v, uint32_
                "f"(v[0]), "f"(v[1]), "r"(barrier)
                : "memory");
 }
-// Always true, for v not zero. An opaque dependence: what it guards cannot be issued before the loads of v return.
-__device__ __forceinline__ bool always_true_after(float v) {
+// Always 0, for v not 0. An opaque dependence: an address that it is added to is not known before the loads of v
+// return.
+__device__ __forceinline__ uint32_t zero_after(float v) {
   uint32_t bits = __float_as_uint(v);
   asm volatile("mov.b32 %0, %0;" : "+r"(bits));
-  return bits != 0;
+  return bits == 0;
 }
 // Relaxed: only publishes the barriers' initialisation.
 __device__ __forceinline__ void barrier_cluster_arrive_relaxed() {
@@ -526,6 +545,7 @@ __device__ __forceinline__ float scale_of(float largest) {
 __device__ __forceinline__ float inverse_of(float scale) {
   return __uint_as_float((254u << 23) - __float_as_uint(scale));
 }
+[[maybe_unused]] constexpr float kCorrection = 1 + 0x1p-23f;  // see "How sums stay accurate"
 [[maybe_unused]] constexpr float kSmallestInverse = 0x1p-126f;  // of zeros and of numbers so small that none loses bits
 
 // Two scaled numbers as hi and lo, packed as wgmma and shared memory want them: the first in the lower half.
@@ -576,12 +596,9 @@ struct SplitRows {
   }
 };
 
-// Four numbers of a row of k, zeros behind. is_aligned: the row begins at a multiple of 16 bytes, and k and `at` are
-// multiples of 4.
-__device__ __forceinline__ float4 load_four(const float* row, int at, int k, bool is_aligned) {
-  if (is_aligned) return at < k ? *reinterpret_cast<const float4*>(row + at) : float4{0, 0, 0, 0};
-  auto load = [&](int at_) { return at_ < k ? row[at_] : 0; };
-  return {load(at), load(at + 1), load(at + 2), load(at + 3)};
+// Four numbers of a row of k, which begins at a multiple of 16 bytes and goes on with zeros up to a multiple of four.
+__device__ __forceinline__ float4 load_four(const float* row, int at, int k) {
+  return at < k ? *reinterpret_cast<const float4*>(row + at) : float4{0, 0, 0, 0};
 }
 
 // One block for each row of x [m, k] with row stride x_stride, and for the padding rows up to whole tiles, which become
@@ -591,13 +608,13 @@ __device__ __forceinline__ float4 load_four(const float* row, int at, int k, boo
 template <int kBlockThreads, int kParts>
 __global__ void __launch_bounds__(kBlockThreads)
     split_rows_kernel(const float* __restrict__ x, int64_t x_stride, const SplitRows split, int m, int k,
-                      bool is_aligned, bool keeps_order) {
+                      bool keeps_order) {
   griddepcontrol_launch_dependents();
   const bool is_padding = blockIdx.x >= m;
   if (is_padding && threadIdx.x == 0) split.inverse_scale[blockIdx.x] = 0;
   if (blockIdx.x >= split.rows) return;
   const float* row = x + min(int(blockIdx.x), m - 1) * x_stride;
-  auto load4 = [&](int at) { return load_four(row, at, k, is_aligned); };
+  auto load4 = [&](int at) { return load_four(row, at, k); };
   constexpr int kStride = kBlockThreads * 4;
   constexpr int kHeld = 2048 / kBlockThreads;  // float4 a thread keeps between its sweeps: all of them up to K = 8192
   float4 held[kHeld];
@@ -658,10 +675,10 @@ __global__ void __launch_bounds__(kBlockThreads)
 // tile: the rows of a tile, or a multiple.
 template <int kBlockThreads, int kParts>
 static cudaError_t launch_split_rows(const void* from, int64_t stride, const SplitRows& to, int rows, int tile, int k,
-                                     bool is_aligned, bool keeps_order, cudaStream_t stream) {
+                                     bool keeps_order, cudaStream_t stream) {
   const unsigned grid = (unsigned(rows) + tile - 1) / tile * tile;
-  split_rows_kernel<kBlockThreads, kParts><<<grid, kBlockThreads, 0, stream>>>(static_cast<const float*>(from), stride,
-                                                                               to, rows, k, is_aligned, keeps_order);
+  split_rows_kernel<kBlockThreads, kParts>
+      <<<grid, kBlockThreads, 0, stream>>>(static_cast<const float*>(from), stride, to, rows, k, keeps_order);
   return cudaGetLastError();
 }
 
@@ -799,6 +816,11 @@ template <Kernel kKernel_, typename Element_, int kRows_, bool kSplitK_, bool kT
   // Whether the tensor core adds up 64 k at a time, or else all of K.
   static constexpr bool kPromotesEachBlock = kKernel == Kernel::kFp16x3 || kWFromRegisters;
   static constexpr bool kKeepsOrderOfK = kTransposedW || kSharesW;  // in x as it is stored
+  // Accumulators that share a block's four steps: fewer additions that truncate (see "How sums stay accurate"), where
+  // registers and time allow it.
+  static constexpr int kPartials = kParts == 1 || !kSplitK || kRows == 128 ? 1 : kRows == 64 ? 2 : 4;
+  // Totals of eight blocks first, then of these: fewer roundings one after the other.
+  static constexpr bool kSumsInTwoLevels = kParts == 2 && kWFromRegisters && kRows <= 64;
   // Measured with fp16x3: without turns 2 to 8 % more time, but no more with 128 rows that split K.
   static constexpr bool kTakesTurns = kPromotesEachBlock && !(kSplitK && kRows == 128);
 
@@ -873,7 +895,6 @@ struct Arguments {
   int64_t x_stride, w_stride;
   int m, n, k;
   float scale;           // s
-  bool is_aligned;       // rows of x and W begin at multiples of 16 bytes, and k is one of 4
   bool can_store_boxes;  // rows of out and z begin at multiples of 16 bytes
 };
 
@@ -908,14 +929,16 @@ template <typename T> struct TileScheduler {
     body(m0 + (T::kSharesW ? int(rank) * T::kRows : 0),
          cluster_n * kClusterN + (T::kBlocksSharingX > 1 ? int(rank) * kTileN : 0));
   }
-  // The tiles of this block, which is number `rank` of `blocks`, one after the other: a single one where they share it.
+  // The tiles of this block, which is number `rank` of `cluster_blocks`, one after the other: a single one where they
+  // share it.
   template <typename Body>
-  __device__ __forceinline__ void for_each_tile(uint32_t rank, uint32_t blocks, Body body) const {
-    int cluster = blockIdx.x / blocks;
+  __device__ __forceinline__ void for_each_tile(uint32_t rank, unsigned cluster_blocks, unsigned grid_blocks,
+                                                Body body) const {
+    int cluster = blockIdx.x / cluster_blocks;
 #pragma unroll 1
     do {
       tile(cluster, rank, body);
-      cluster += gridDim.x / blocks;
+      cluster += grid_blocks / cluster_blocks;
     } while (!T::kSplitK && cluster < clusters());
   }
 #endif
@@ -963,16 +986,20 @@ template <typename T> struct SharedLayout {
 // Barriers of bar.sync and bar.arrive; 0 is __syncthreads'. Of two, the first is consumer warpgroup 0's.
 enum NamedBarrier : int { kTurnBarriers = 1, kConsumersBarrier = 3, kWarpgroupBarriers = 4 };
 
+// Through a shuffle, so that the compiler knows it to be the same in the whole warp and keeps what follows from it in
+// uniform registers.
+__device__ __forceinline__ int warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
+
 // What a block does of a tile that a cluster's blocks share.
 template <typename T> struct Part {
   int k_begin, k_end;                             // it multiplies these blocks of kTileK
   int groups_per_block, first_group, last_group;  // it finishes these groups of 8 rows
 
-  __device__ __forceinline__ Part(const Arguments& args, int rank, int blocks)
-      : k_begin(int(int64_t((args.k + kTileK - 1) / kTileK) * rank / blocks)),
-        k_end(int(int64_t((args.k + kTileK - 1) / kTileK) * (rank + 1) / blocks)),
-        groups_per_block((T::kGroups + blocks - 1) / blocks),
-        first_group(min(rank * groups_per_block, T::kGroups)),
+  __device__ __forceinline__ Part(const Arguments& args, unsigned rank, unsigned blocks)
+      : k_begin((args.k + kTileK - 1u) / kTileK * rank / blocks),
+        k_end((args.k + kTileK - 1u) / kTileK * (rank + 1) / blocks),
+        groups_per_block((T::kGroups + int(blocks) - 1) / int(blocks)),
+        first_group(min(int(rank) * groups_per_block, T::kGroups)),
         last_group(min(first_group + groups_per_block, T::kGroups)) {}
 };
 
@@ -982,7 +1009,7 @@ template <typename T> struct Block {
   TileScheduler<T> scheduler;
   uint32_t shared;        // the address of its shared memory
   uint32_t rank, blocks;  // its number in its cluster, and how many there are
-  int warp, lane;
+  int lane;
   Part<T> part;  // with kSplitK
 
   __device__ __forceinline__ Block(const Arguments& args_, const uint8_t* shared_memory)
@@ -991,11 +1018,9 @@ template <typename T> struct Block {
         shared(shared_address(shared_memory)),
         rank(cluster_ctarank()),
         blocks(T::kSplitK ? cluster_nctarank() : T::kClusterBlocks),
-        // Through a shuffle, so that the compiler knows it to be the same in the whole warp and keeps what follows from
-        // it in uniform registers.
-        warp(__shfl_sync(~0u, threadIdx.x / 32, 0)),
-        lane(threadIdx.x % 32),
-        part(args_, int(rank), int(blocks)) {}
+        // Through a shuffle, or the main loops read threadIdx.x anew, which takes longer than they have.
+        lane(__shfl_sync(~0u, threadIdx.x % 32, threadIdx.x % 32)),
+        part(args_, rank, blocks) {}
 
   // Its part of K, in blocks of kTileK; up to k_prefetched W is fetched before all else begins.
   __device__ __forceinline__ int k_begin() const { return T::kSplitK ? part.k_begin : 0; }
@@ -1003,7 +1028,7 @@ template <typename T> struct Block {
   __device__ __forceinline__ int k_prefetched() const { return min(k_end(), k_begin() + T::kWStages); }
 
   template <typename Body> __device__ __forceinline__ void for_each_tile(Body body) const {
-    scheduler.for_each_tile(rank, blocks, body);
+    scheduler.for_each_tile(rank, blocks, gridDim.x, body);
   }
   // A tile's panels that have rows of x. Measured: those that have none, loaded as zeros, take longer than others.
   __device__ __forceinline__ int panels(int m0) const {
@@ -1083,7 +1108,7 @@ __device__ __forceinline__ void produce_x(const Block<T>& block, const CUtensorM
 template <typename T> __device__ __forceinline__ void convert_w(const Block<T>& block) {
   using Shared = SharedLayout<T>;
   constexpr int kWarpRows = T::kWRows / kConverterWarps, kHalf = kTileK / 2;
-  const int first_row = (block.warp - 4) * kWarpRows, row = first_row + block.lane / 2, swizzle = row % 8,
+  const int first_row = (warp_index() - 4) * kWarpRows, row = first_row + block.lane / 2, swizzle = row % 8,
             half = block.lane % 2;
   typename Shared::WRing w_ring{block.shared};
   typename Shared::ConvertedRing ring{block.shared};
@@ -1117,7 +1142,7 @@ template <typename T> __device__ __forceinline__ void convert_w(const Block<T>& 
       // entries to come need no smaller one.
       scale = T::kPromotesEachBlock ? needed : needed < scale ? 0.25f * needed : scale;
       __syncwarp();
-      if (block.lane == 0 && always_true_after(scale)) mbarrier_arrive(w_ring.empty_barrier());
+      if (block.lane == 0) mbarrier_arrive(w_ring.empty_barrier() + zero_after(scale));
       uint32_t parts[2][kHalf / 2];
 #pragma unroll
       for (int i = 0; i < kHalf / 2; ++i) split2(v[2 * i], v[2 * i + 1], scale, parts[0][i], parts[1][i]);
@@ -1200,14 +1225,16 @@ __device__ __forceinline__ float scale_of_row(const WBlock& block, int half) {
   return scale_of(largest);
 }
 
-// A step's part of operand A: the four registers of wgmma's 64 x 16 fragment, hi, then lo where there are two parts.
-template <int kParts> __device__ __forceinline__ void split_step(uint32_t* fragment, const WBlock& block, int step) {
+// A step's part of operand A: the four registers of wgmma's 64 x 16 fragment of hi, and of lo where there are two
+// parts.
+template <int kParts>
+__device__ __forceinline__ void split_step(uint32_t (&hi)[4], uint32_t (&lo)[4], const WBlock& block, int step) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {  // row r or r + 8, the earlier two k or the later
     const float* two = block.step[step] + 4 * (i % 2) + i / 2 * 2;
-    uint32_t lo;
-    split2(two[0], two[1], block.scale[i % 2], fragment[i], lo);
-    if (kParts == 2) fragment[4 + i] = lo;
+    uint32_t rest;
+    split2(two[0], two[1], block.scale[i % 2], hi[i], rest);
+    if (kParts == 2) lo[i] = rest;
   }
 }
 
@@ -1217,8 +1244,6 @@ __device__ __forceinline__ uint32_t matrix_descriptor(uint32_t address) { return
 constexpr uint64_t kDescriptorUpper = uint64_t(1024 >> 4 | 1 << 30) << 32;
 
 // ---- Consumers: what a thread of them holds
-
-template <int kCount> using Count = std::integral_constant<int, kCount>;
 
 template <typename T> struct Consumer {
   using Element = typename T::Element;
@@ -1230,29 +1255,29 @@ template <typename T> struct Consumer {
   const Block<T>& block;
   const Arguments& args;
   const StoreMaps<T::kStoresBoxes>& store_maps;
-  int warpgroup, warp, lane, r, q;  // warp: among the consumers'
+  int warp, warpgroup, lane;  // warp: among the consumers'
   WRing w_ring;
   XRing x_ring;
   // [groups of 8 m][row r, row r + 8][m = 2q, 2q + 1], written [4 * groups]
   float total[T::kRows / 2];
-  float partial[T::kPromotesEachBlock ? T::kPanelRows / 2 : 1];  // of a block of k and a panel
-  float largest_inverse[2];                                      // of row r's and row r + 8's scales of W
-  float limit[2];                                                // see "Lost sums"
-  // A bit for each tile, whether this thread has met a product there that is not finite. The lowest is the last tile's,
-  // the highest stands for all tiles before the last 31.
+  float largest_inverse[2];  // of row r's and row r + 8's scales of W
+  float limit[2];            // see "Lost sums"
+  // Whether this thread has met a product that is not finite: a bit for each of the first 31 tiles, and one for the
+  // rest.
   uint32_t not_finite = 0;
+  int tile = 0;
   int m0, n0;  // the tile
+  // Of its epilogue. r, q: lane / 4 and lane % 4, found there so that they take no registers in the main loop.
+  int r, q;
   float bias[2];
 
   __device__ __forceinline__ Consumer(const Block<T>& block_, const StoreMaps<T::kStoresBoxes>& store_maps_)
       : block(block_),
         args(block_.args),
         store_maps(store_maps_),
-        warpgroup((block_.warp - T::kFirstConsumerWarp) / 4),
-        warp(block_.warp - T::kFirstConsumerWarp),
+        warp(warp_index() - T::kFirstConsumerWarp),
+        warpgroup(warp / 4),
         lane(block_.lane),
-        r(lane / 4),
-        q(lane % 4),
         w_ring{block_.shared},
         x_ring{block_.shared} {}
 
@@ -1274,9 +1299,9 @@ template <typename T> struct Consumer {
   __device__ __forceinline__ void multiply_from_registers();
   __device__ __forceinline__ void clear_total();
   __device__ __forceinline__ void scale_total(const float (&factors)[2]);
-  __device__ __forceinline__ void add_partial(float* to, const float (&inverse)[2]);
+  __device__ __forceinline__ void add_partial(float* to, const float* partial, const float (&inverse)[2]);
   __device__ __forceinline__ void load_inverses(float (&inverse)[2]);
-  __device__ __forceinline__ void release_w(WRing& ring, bool is_read = true);
+  __device__ __forceinline__ void release_w(WRing& ring, uint32_t zero = 0);
   __device__ __forceinline__ void release_x(XRing& ring);
   __device__ __forceinline__ void await_turn();
   __device__ __forceinline__ void give_turn();
@@ -1292,9 +1317,7 @@ template <typename T> struct Consumer {
   __device__ __forceinline__ bool are_lost(float first, float second, bool (&lost)[2]) const;
   template <int kGroups> __device__ __forceinline__ bool may_be_lost(const float* sums) const;
   template <int kGroups> __device__ __forceinline__ void mark_lost(int m, float* sums) const;
-  __device__ __forceinline__ void repair(int m_tile, int n_tile) const;
   // Stores.
-  __device__ __forceinline__ float bias_of(int n) const;
   __device__ __forceinline__ float2 inverses_of_x(int m) const;
   template <int kGroups>
   __device__ __forceinline__ void finish(int m, float* sums, float2 first_inverses, float& check);
@@ -1307,6 +1330,13 @@ template <typename T> struct Consumer {
 };
 
 // ---- Consumers: main loops
+//
+// How sums stay accurate (fp16x3). The tensor core truncates toward 0 whenever it adds to its accumulator, so that a
+// product comes out too small, in the mean of normal data by 1.9e-7 if 64 k are added as they come. Therefore a block's
+// small products, lo * hi and hi * lo, come before its large ones: the accumulator is large for four additions instead
+// of eleven. What is left, by the number of accumulators that share the four steps (1, 2 or 4), in units of 1e-7:
+//   normal -0.9 -0.6 -0.4    positive -1.8 -0.8 -0.4    |normal| -2.0 -0.8 -0.4    10 % nonzeros -0.6 -0.4 -0.4
+// Half of that is given back by a factor 1 + 2^-23 (1.2e-7) on the scale of every block, every second or every fourth.
 
 template <typename T> __device__ __forceinline__ void Consumer<T>::clear_total() {
 #pragma unroll
@@ -1319,23 +1349,26 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::scale_total(c
   for (int i = 0; i < T::kRows / 2; ++i) total[i] *= factors[i / 2 % 2];
 }
 
-template <typename T> __device__ __forceinline__ void Consumer<T>::add_partial(float* to, const float (&inverse)[2]) {
+template <typename T>
+__device__ __forceinline__ void Consumer<T>::add_partial(float* to, const float* partial, const float (&inverse)[2]) {
 #pragma unroll
   for (int i = 0; i < T::kPanelRows / 2; ++i) to[i] = fmaf(partial[i], inverse[i / 2 % 2], to[i]);
 }
 
 // The inverses of the scales of a stage of converted W.
 template <typename T> __device__ __forceinline__ void Consumer<T>::load_inverses(float (&inverse)[2]) {
-  const uint32_t from = block.shared + Shared::kInverses + w_ring.stage * T::kInverseBytes + row_of(r) * 4;
+  const uint32_t from = block.shared + Shared::kInverses + w_ring.stage * T::kInverseBytes + row_of(lane / 4) * 4;
   inverse[0] = ld_shared(from), inverse[1] = ld_shared(from + T::kColumnStep * 4);
 }
 
-template <typename T> __device__ __forceinline__ void Consumer<T>::release_w(WRing& ring, bool is_read) {
-  if (!T::kSharesW && lane == 0 && is_read) mbarrier_arrive(ring.empty_barrier());
+// zero: zero_after of what was read from the stage by loads, so that it is not released before they return.
+template <typename T> __device__ __forceinline__ void Consumer<T>::release_w(WRing& ring, uint32_t zero) {
+  const uint32_t barrier = ring.empty_barrier() + zero;
+  if (!T::kSharesW && lane == 0) mbarrier_arrive(barrier);
   if (T::kSharesW) {  // every thread here, for the inverses that it has read, and a warp's first there
     __syncwarp();
-    if (is_read) mbarrier_arrive(ring.empty_barrier());
-    if (lane == 0 && is_read) mbarrier_arrive_remote(ring.empty_barrier(), block.rank ^ 1);
+    mbarrier_arrive(barrier);
+    if (lane == 0) mbarrier_arrive_remote(barrier, block.rank ^ 1);
   }
   ring.advance();
 }
@@ -1365,21 +1398,22 @@ __device__ __forceinline__ void Consumer<T>::multiply_panel(float* sums, uint32_
   await_turn();
   wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < 4; ++step) {  // 16 k are 32 bytes, which is 2 in a descriptor
+  for (int step = 0; step < 4 && T::kParts == 2; ++step) {  // 16 k are 32 bytes, which is 2 in a descriptor
     const uint64_t a = kDescriptorUpper | (w + 2 * step), b = kDescriptorUpper | (x + 2 * step);
-    const bool adds = !is_first || step > 0;
-    if (T::kParts == 2) {
-      Product::template multiply<Multiplied>(sums, a + T::kConvertedPartBytes / 16, b, adds);
-      Product::template multiply<Multiplied>(sums, a, b + T::kXPartBytes / 16, 1);
-    }
-    Product::template multiply<Multiplied>(sums, a, b, T::kParts == 2 || adds);
+    Product::template multiply<Multiplied>(sums, a + T::kConvertedPartBytes / 16, b, !is_first || step > 0);
+    Product::template multiply<Multiplied>(sums, a, b + T::kXPartBytes / 16, 1);
   }
+#pragma unroll
+  for (int step = 0; step < 4; ++step)
+    Product::template multiply<Multiplied>(sums, kDescriptorUpper | (w + 2 * step), kDescriptorUpper | (x + 2 * step),
+                                           T::kParts == 2 || !is_first || step > 0);
   wgmma_commit_group();
   give_turn();
 }
 
 // From what the converters make, each block of k promoted.
 template <typename T> __device__ __forceinline__ void Consumer<T>::multiply_converted(int panels) {
+  float partial[T::kPanelRows / 2];  // of a block of k and a panel
   clear_total();
 #pragma unroll 1
   for (int left = block.k_end() - block.k_begin(); left > 0; --left) {
@@ -1394,9 +1428,10 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::multiply_conv
       multiply_panel(partial, w, true);
       wgmma_wait_group<0>();
       release_x(x_ring);
-      add_partial(total + panel * (T::kPanelRows / 2), inverse);
+      add_partial(total + panel * (T::kPanelRows / 2), partial,
+                  {inverse[0] * kCorrection, inverse[1] * kCorrection});
     }
-    release_w(w_ring, always_true_after(inverse[0]) && always_true_after(inverse[1]));
+    release_w(w_ring, zero_after(inverse[0]) + zero_after(inverse[1]));
   }
 }
 
@@ -1404,8 +1439,12 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::multiply_conv
 // the next and loads the next block into the registers that become free. A block is entered with its scale known and
 // step 0 split.
 template <typename T> __device__ __forceinline__ void Consumer<T>::multiply_from_registers() {
+  using Product = Wgmma<T::kPanelRows>;
+  constexpr int kStepsEach = 4 / T::kPartials;
+  float partial[T::kPartials][T::kPanelRows / 2];  // of a block of k, each of some of its steps
+  const int r = lane / 4, q = lane % 4;
   WBlock w;
-  uint32_t fragments[2][4 * T::kParts];  // one is multiplied while the other is made
+  uint32_t hi[4][4], lo[2][4];  // fragments, of each step; lo's in turns: one is multiplied while the other is made
   // The thread's first bytes in a stage. Transposed: in row k = 2q of the box that has the warp's columns.
   const uint32_t first = T::kTransposedW ? row_of(0) / 32 * (kTileK * 128) + 2 * q * 128 +
                                                ((row_of(r) % 32 / 4) ^ (2 * q)) * 16 + row_of(r) % 4 * 4
@@ -1422,53 +1461,74 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::multiply_from
   auto find_scales = [&] {
     w.scale[0] = scale_of_row(w, 0), w.scale[1] = scale_of_row(w, 1);
     __syncwarp();
-    release_w(w_ring, always_true_after(w.scale[0]) && always_true_after(w.scale[1]));
+    release_w(w_ring, zero_after(w.scale[0]) + zero_after(w.scale[1]));
   };
-  auto multiply_step = [&](const uint32_t* fragment, int step) {
-    const uint32_t x_hi = matrix_descriptor(x_ring.address()) + 2 * step;
-    if (T::kParts == 2) {
-      const uint32_t* lo = fragment + 4;
-      Wgmma<T::kPanelRows>::multiply(partial, lo, kDescriptorUpper | x_hi, step > 0);
-      Wgmma<T::kPanelRows>::multiply(partial, fragment, kDescriptorUpper | (x_hi + T::kXPartBytes / 16), 1);
-    }
-    Wgmma<T::kPanelRows>::multiply(partial, fragment, kDescriptorUpper | x_hi, T::kParts == 2 || step > 0);
-    wgmma_commit_group();
+  auto x_descriptor = [&](int part, int step) {
+    return kDescriptorUpper | (matrix_descriptor(x_ring.address()) + part * (T::kXPartBytes / 16) + 2 * step);
   };
-  auto multiply_block = [&](bool has_next) {
+  auto multiply_block = [&](bool has_next, float correction) {
     const float inverse[2] = {inverse_of(w.scale[0]), inverse_of(w.scale[1])};
+    const float factors[2] = {inverse[0] * correction, inverse[1] * correction};
+    note_inverse(inverse);
     x_ring.wait_full();
     if (has_next) w_ring.wait_full();
     await_turn();
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
+      float* sums = partial[step / kStepsEach];
+      const int first = step / kStepsEach * kStepsEach;
       wgmma_fence();
-      multiply_step(fragments[step % 2], step);
-      if (step == 2) give_turn();
+      if (T::kParts == 2) {
+        Product::multiply(sums, lo[step % 2], x_descriptor(0, step), step > first);
+        Product::multiply(sums, hi[step], x_descriptor(1, step), 1);
+      }
+      if (T::kParts == 1) Product::multiply(sums, hi[step], x_descriptor(0, step), step > first);
+      if (T::kParts == 2 && step + 1 == first + kStepsEach)
+#pragma unroll
+        for (int large = first; large <= step; ++large) Product::multiply(sums, hi[large], x_descriptor(0, large), 1);
+      wgmma_commit_group();
+      if (step == (T::kParts == 2 && kStepsEach == 4 ? 3 : 2)) give_turn();
       if (step < 3) {
-        if (step > 0) wgmma_wait_group<1>();  // the step before, which read the other fragment, is done
-        split_step<T::kParts>(fragments[(step + 1) % 2], w, step + 1);
+        if (step > 0) wgmma_wait_group<1>();  // the step before, which read the other lo, is done
+        split_step<T::kParts>(hi[step + 1], lo[(step + 1) % 2], w, step + 1);
       }
       if (has_next) load_w(step);
     }
     if (has_next) {
       find_scales();
-      wgmma_wait_group<1>();
-      split_step<T::kParts>(fragments[0], w, 0);
+      wgmma_wait_group<T::kParts == 2 && kStepsEach == 4 ? 0 : 1>();  // what reads hi[0] is done
+      split_step<T::kParts>(hi[0], lo[0], w, 0);
     }
     wgmma_wait_group<0>();
     release_x(x_ring);
-    add_partial(total, inverse);
-    note_inverse(inverse);
+    if constexpr (T::kPartials == 1) {
+      add_partial(total, partial[0], factors);
+    } else {
+      float sums[T::kPanelRows / 2];
+#pragma unroll
+      for (int i = 0; i < T::kPanelRows / 2; ++i) {
+        sums[i] = partial[0][i] + partial[1][i];
+        if (T::kPartials == 4) sums[i] += partial[2][i] + partial[3][i];
+      }
+      add_partial(total, sums, factors);
+    }
   };
 
+  float outer[T::kSumsInTwoLevels ? T::kRows / 2 : 1] = {};
   clear_total();
   w_ring.wait_full();
 #pragma unroll
   for (int step = 0; step < 4; ++step) load_w(step);
   find_scales();
-  split_step<T::kParts>(fragments[0], w, 0);
+  split_step<T::kParts>(hi[0], lo[0], w, 0);
 #pragma unroll 1
-  for (int left = block.k_end() - block.k_begin(); left > 0; --left) multiply_block(left > 1);
+  for (int left = block.k_end() - block.k_begin(); left > 0; --left) {
+    multiply_block(left > 1, T::kParts == 2 && (block.k_end() - left) % T::kPartials == 0 ? kCorrection : 1);
+    if (T::kSumsInTwoLevels && left % 8 == 1) {
+#pragma unroll
+      for (int i = 0; i < T::kRows / 2; ++i) outer[i] += total[i], total[i] = left == 1 ? outer[i] : 0;
+    }
+  }
 }
 
 // The tensor core adds up all of K, both operands from shared memory; a block is released when the next one's products
@@ -1477,9 +1537,7 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::multiply_whol
   WRing w_done = w_ring;
   XRing x_done = x_ring;
   float inverse[2] = {1, 1};
-  auto release_read_w = [&] {
-    release_w(w_done, !T::kSharesW || (always_true_after(inverse[0]) && always_true_after(inverse[1])));
-  };
+  auto release_read_w = [&] { release_w(w_done, T::kSharesW ? zero_after(inverse[0]) + zero_after(inverse[1]) : 0); };
   // What no panel of x is multiplied with must not look like a product that is not finite. It also tells the compiler
   // that what total has been is needed no more.
   if (T::kSharesW) clear_total();
@@ -1524,7 +1582,7 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::multiply() {
   else
     multiply_from_registers();
   if constexpr (T::kKernel == Kernel::kFp16x1Staged) {
-    auto inverse_at = [&](int half) { return RowScale{args.w_split.inverse_scale[n_of(r, half)]}.inverse(); };
+    auto inverse_at = [&](int half) { return RowScale{args.w_split.inverse_scale[n_of(lane / 4, half)]}.inverse(); };
     const float inverse[2] = {inverse_at(0), inverse_at(1)};
     scale_total(inverse);
     note_inverse(inverse);
@@ -1612,7 +1670,7 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::finish_shared
     }
     finish<1>(m0 + group * 8 + 2 * q, sums, inverses, check);
   }
-  not_finite = not_finite << 1 | (not_finite & 1u << 31) | (check != 0);
+  not_finite |= check != 0;
 }
 
 // ---- Lost sums (float32)
@@ -1661,21 +1719,62 @@ __device__ __forceinline__ bool Consumer<T>::may_be_lost(const float* sums) cons
   return are_lost(smallest[0], smallest[1], lost);
 }
 
-// A sum of 0 is taken for right, unless entries of x became zero.
+// A sum of 0 is taken for right, unless entries of x became zero. Code that rarely runs should be short: a loop, which
+// turns the sums by a group each time, so that they stay in registers.
 template <typename T>
 template <int kGroups>
 __device__ __forceinline__ void Consumer<T>::mark_lost(int m, float* sums) const {
+#pragma unroll 1
+  for (int group = 0; group < kGroups; ++group, m += 8) {
+    float marked[4];
 #pragma unroll
-  for (int pair = 0; pair < 2 * kGroups; ++pair) {  // a row of out
-    float& first = sums[pair / 2 * 4 + pair % 2];
-    float& second = sums[pair / 2 * 4 + pair % 2 + 2];
-    const RowScale row = {args.x_split.inverse_scale[m + pair / 2 * 8 + pair % 2]};
-    bool lost[2];
-    are_lost(fabsf(first), fabsf(second), lost);
-    if (row.inverse() <= kSmallestInverse) continue;
-    if (lost[0] && (first != 0 || row.has_vanished())) first = NAN;
-    if (lost[1] && (second != 0 || row.has_vanished())) second = NAN;
+    for (int row = 0; row < 2; ++row) {
+      const RowScale scale = {args.x_split.inverse_scale[m + row]};
+      bool lost[2];
+      are_lost(fabsf(sums[row]), fabsf(sums[2 + row]), lost);
+#pragma unroll
+      for (int column = 0; column < 2; ++column) {
+        const float sum = sums[2 * column + row];
+        const bool is_lost = lost[column] && scale.inverse() > kSmallestInverse && (sum != 0 || scale.has_vanished());
+        marked[2 * column + row] = is_lost ? NAN : sum;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * kGroups; ++i) sums[i] = i + 4 < 4 * kGroups ? sums[i + 4] : marked[i % 4];
   }
+}
+
+// ---- Repair (float32): lost sums, and what NaN or Inf is part of, computed again
+//
+// A product that is not finite may be so because of the conversion (Inf - Inf in lo, an overflow of the scaled sum, or
+// a lost one). store_float has stored NaN there, whatever the activation is, which is how repair finds its work. It
+// runs behind the last tile, when the rings are no longer used.
+//
+// Few: each by a warp, as a float32 dot product. Many: the block multiplies the whole panel again from three bf16
+// numbers per operand, which have float32's exponents, so that there are no scales and no range to fall out of: a = a1
+// + a2 + a3, each what the one before leaves, cut off after 8 bits, and six of the nine products; from two and three
+// products where TF32's 11 bits are enough. Every thread loads float32 from global memory, splits it and stores the
+// parts in shared memory, into one of two buffers, while the tensor cores multiply what is in the other. (Entries below
+// 2^-117 have parts too small for bf16, and keep fewer bits.)
+//
+// An Inf makes NaN of its parts. So what is not finite then is multiplied once more from a1 alone, which keeps Inf, 0
+// and signs: where that is not finite it is what a float32 sum would be.
+
+template <typename T> struct RepairLayout {
+  static constexpr int kRows = std::min(64, T::kPanelRows);  // at once, as many as registers allow
+  static constexpr int kSums = kRows / 2;                    // of a thread
+  static constexpr int kParts = T::kParts + 1;
+  static constexpr int kWPartBytes = kTileN * 128, kXPartBytes = kRows * 128;
+  static constexpr int kBufferBytes = kParts * (kWPartBytes + kXPartBytes);
+  static_assert(!T::kIsFloat || 2 * kBufferBytes <= SharedLayout<T>::kWFull, "the barriers lie behind");
+  static constexpr int kFewLost = 32;  // a warp's: about as long by dot products as the whole panel on the tensor cores
+};
+
+// Two numbers' upper halves, which are bf16 numbers cut off after 8 bits, and what they leave.
+__device__ __forceinline__ uint32_t take_bf16(float& a, float& b) {
+  const uint32_t bits_a = __float_as_uint(a), bits_b = __float_as_uint(b);
+  a -= __uint_as_float(bits_a & 0xffff0000), b -= __uint_as_float(bits_b & 0xffff0000);
+  return __byte_perm(bits_a, bits_b, 0x7632);
 }
 
 // sum + a * b, term by term as a plain float32 dot product does it.
@@ -1683,108 +1782,196 @@ __device__ __forceinline__ float add_dot(float4 a, float4 b, float sum) {
   return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
 }
 
-// A product that is not finite may be so because of the conversion (Inf - Inf in lo, an overflow of the scaled sum, or
-// a lost one). Such elements are computed again as float32 dot products, which are NaN or Inf where eager's are. Which
-// they are is read from what was stored, so that no registers need be kept: an element not finite for another reason
-// (bias, s) comes out as it was. Of a tile, what this block has of the warp's 16 columns.
-template <typename T> __device__ __forceinline__ void Consumer<T>::repair(int m_tile, int n_tile) const {
-  if constexpr (T::kIsFloat) {
-    Element *out = static_cast<Element*>(args.out), *z = static_cast<Element*>(args.z);
-    const float *all_x = static_cast<const float*>(args.x), *all_w = static_cast<const float*>(args.w);
-    auto w_at = [&](int n, int k) {
-      return T::kTransposedW ? all_w + k * args.w_stride + n : all_w + n * args.w_stride + k;
-    };
-    const bool is_aligned = (T::kConvertsW && !T::kTransposedW) || args.is_aligned;
-    // Rows outside are not used, but must be read from somewhere.
-    auto x_row = [&](int m) { return all_x + min(m, args.m - 1) * args.x_stride; };
-    auto w_row = [&](int n) { return w_at(min(n, args.n - 1), 0); };
-    auto x_four = [&](const float* row, int k) { return load_four(row, k, args.k, is_aligned); };
-    auto w_four = [&](const float* row, int k) {
-      if (!T::kTransposedW) return load_four(row, k, args.k, is_aligned);
-      auto or_zero = [&](int k_) { return k_ < args.k ? row[k_ * args.w_stride] : 0; };
-      return float4{or_zero(k), or_zero(k + 1), or_zero(k + 2), or_zero(k + 3)};
-    };
-    auto is_lost = [&](int m, int n) {
-      return m < args.m && n < args.n && !(fabsf(out[int64_t(m) * args.n + n]) < INFINITY);
-    };
-    auto store = [&](int m, int n, float product) {
-      const int64_t at = int64_t(m) * args.n + n;
-      const float value = product + bias_of(n);
-      if (z != nullptr) z[at] = value;
-      out[at] = sigmoid_residual(value, args.scale);
-    };
-    const int n_first = n_tile + warp * 16;
-    const int last = T::kSplitK ? block.part.last_group : T::kGroups;
+template <typename Element> __device__ __forceinline__ float bias_of(const Arguments& args, int n) {
+  const Element* bias = static_cast<const Element*>(args.bias);
+  return bias != nullptr && n < args.n ? to_compute(bias[n]) : 0;
+}
+
+// All consumers, after the last tile. It has its own Block: what it needs must not take registers before.
+template <typename T> struct Repair {
+  using Layout = RepairLayout<T>;
+
+  const Block<T> block;
+  const Arguments& args;
+  const unsigned thread;
+  const int warp, warpgroup, r, q;  // among the consumers'
+  float total[Layout::kSums];
+
+  __device__ __forceinline__ Repair(const Arguments& args_, const uint8_t* shared_memory)
+      : block(args_, shared_memory),
+        args(args_),
+        thread(threadIdx.x - (T::kThreads - kConsumerThreads)),
+        warp(warp_index() - T::kFirstConsumerWarp),
+        warpgroup(warp / 4),
+        r(block.lane / 4),
+        q(block.lane % 4) {}
+
+  // Whether it is true in any of the consumers' threads, all of which must ask.
+  static __device__ __forceinline__ bool any(bool of_this_thread) {
+    return bar_red_or(kConsumersBarrier, kConsumerThreads, of_this_thread);
+  }
+  // Four k of a row of x or W. Rows outside are not used, but must be read from somewhere.
+  __device__ __forceinline__ float4 load_x(int m, int k) const {
+    const float* x = static_cast<const float*>(args.x);
+    return load_four(x + min(m, args.m - 1) * args.x_stride, k, args.k);
+  }
+  __device__ __forceinline__ float4 load_w(int n, int k) const {
+    const float* w = static_cast<const float*>(args.w);
+    n = min(n, args.n - 1);
+    if (!T::kTransposedW) return load_four(w + n * args.w_stride, k, args.k);
+    auto or_zero = [&](int k_) { return k_ < args.k ? w[k_ * args.w_stride + n] : 0; };
+    return {or_zero(k), or_zero(k + 1), or_zero(k + 2), or_zero(k + 3)};
+  }
+  template <int kParts> __device__ __forceinline__ void multiply(int m_first, int n_tile);
+  __device__ __forceinline__ void tiles(uint32_t not_finite);
+  __device__ __forceinline__ void tile(int m_tile, int n_tile);
+};
+
+// total = x * W^T for kRows rows of x from m_first on and the tile's columns, in the order of store_repaired.
+template <typename T>
+template <int kParts>
+__device__ __forceinline__ void Repair<T>::multiply(int m_first, int n_tile) {
+  float partial[Layout::kSums];  // of a block of k
+  // A thread's part of a block of W or of x: four k of every 16th row, or of a transposed W every other four k of a
+  // row.
+  float4 w[kTileN / 16], x[Layout::kRows / 16];
+  auto for_each_four = [&](auto& fours, bool by_rows, auto body) {
+    unsigned row = by_rows ? thread % kTileN : thread / 16, four = by_rows ? thread / kTileN : thread % 16;
+    // Or the compiler keeps what follows from them for the next block, in registers that it lacks.
+    asm volatile("" : "+r"(row), "+r"(four));
+#pragma unroll
+    for (int i = 0; i < int(sizeof(fours) / sizeof(float4)); ++i)
+      body(fours[i], by_rows ? row : row + 16 * i, by_rows ? four + 2 * i : four);
+  };
+  auto load_w4 = [&](float4& v, unsigned row, unsigned four, int k0) { v = load_w(n_tile + row, k0 + 4 * four); };
+  auto load_x4 = [&](float4& v, unsigned row, unsigned four, int k0) { v = load_x(m_first + row, k0 + 4 * four); };
+  // Splits four numbers and stores their parts, under the swizzle.
+  auto store_parts = [&](float4 v, unsigned row, unsigned four, uint32_t to, int part_bytes) {
+    const uint32_t address = to + row * 128 + (four / 2 ^ row % 8) * 16 + four % 2 * 8;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const uint32_t first = take_bf16(v.x, v.y), second = take_bf16(v.z, v.w);
+      st_shared_v2(address + part * part_bytes, first, second);
+    }
+  };
+  // Stores a block, and loads the next into the same registers.
+  auto stage = [&](uint32_t buffer, int k_next) {
+    for_each_four(w, T::kTransposedW, [&](float4& v, unsigned row, unsigned four) {
+      store_parts(v, row, four, buffer, Layout::kWPartBytes);
+      load_w4(v, row, four, k_next);
+    });
+    for_each_four(x, false, [&](float4& v, unsigned row, unsigned four) {
+      store_parts(v, row, four, buffer + kParts * Layout::kWPartBytes, Layout::kXPartBytes);
+      load_x4(v, row, four, k_next);
+    });
+  };
+  auto add_partial = [&] {
+#pragma unroll
+    for (int i = 0; i < Layout::kSums; ++i) total[i] += partial[i];
+  };
+  auto multiply_block = [&](uint32_t buffer) {
+    const uint32_t w = matrix_descriptor(buffer + warpgroup * (64 * 128));
+    const uint32_t x = matrix_descriptor(buffer + kParts * Layout::kWPartBytes);
+    bool adds = !T::kPromotesEachBlock;
+    wgmma_fence();
+#pragma unroll
+    for (int order = kParts - 1; order >= 0; --order)  // the smallest first
+#pragma unroll
+      for (int part = 0; part <= order; ++part)
+#pragma unroll
+        for (int step = 0; step < 4; ++step, adds = true)
+          Wgmma<Layout::kRows>::template multiply<__nv_bfloat16>(
+              T::kPromotesEachBlock ? partial : total,
+              kDescriptorUpper | (w + part * (Layout::kWPartBytes / 16) + 2 * step),
+              kDescriptorUpper | (x + (order - part) * (Layout::kXPartBytes / 16) + 2 * step), adds);
+    wgmma_commit_group();
+  };
+
+#pragma unroll
+  for (int i = 0; i < Layout::kSums; ++i) total[i] = 0;
+  for_each_four(w, T::kTransposedW, [&](float4& v, unsigned row, unsigned four) { load_w4(v, row, four, 0); });
+  for_each_four(x, false, [&](float4& v, unsigned row, unsigned four) { load_x4(v, row, four, 0); });
 #pragma unroll 1
-    for (int group = T::kSplitK ? block.part.first_group : 0; group < last; group += 2) {  // patches of 16 rows
-      const int m_patch = m_tile + group * 8, rows = min(2, last - group) * 8;
-      // A thread looks at column lane % 16, every other row from lane / 16 on.
-      unsigned lost = 0;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int row = 2 * i + lane / 16;
-        if (row < rows && is_lost(m_patch + row, n_first + lane % 16)) lost |= 1 << i;
-      }
-      const unsigned count = __reduce_add_sync(~0u, __popc(lost));
-      if (count > 32) {
-        // Many: the warp multiplies all of them, each thread 8 columns by 4 rows of a quarter of every 16 k, so
-        // that an operand loaded serves several. Blocks of k are added up apart: smaller rounding errors.
-        const int quarter = lane % 4, n = n_first + lane / 4 % 2 * 8, m = m_patch + lane / 8 * 4;
-        int64_t x_rows[4], w_rows[8];  // offsets
-#pragma unroll
-        for (int j = 0; j < 8; ++j) w_rows[j] = w_row(n + j) - all_w;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x_rows[i] = x_row(m + i) - all_x;
-        // Or the compiler computes them anew for each load.
-#pragma unroll
-        for (int i = 0; i < 4; ++i) asm volatile("" : "+l"(x_rows[i]), "+l"(w_rows[i]), "+l"(w_rows[4 + i]));
-        float product[8][4] = {};
+  for (int k0 = 0; k0 < args.k; k0 += kTileK) {
+    const uint32_t buffer = block.shared + k0 / kTileK % 2 * Layout::kBufferBytes;
+    stage(buffer, k0 + kTileK);
+    fence_proxy_async_shared();
+    wgmma_wait_group<0>();  // the block before, whose buffer is then free
+    if (T::kPromotesEachBlock && k0 > 0) add_partial();
+    bar_sync(kConsumersBarrier, kConsumerThreads);
+    multiply_block(buffer);
+  }
+  wgmma_wait_group<0>();
+  if (T::kPromotesEachBlock) add_partial();
+  bar_sync(kConsumersBarrier, kConsumerThreads);  // both buffers are free
+}
+
+// Of a tile, what this block has of it.
+template <typename T> __device__ __forceinline__ void Repair<T>::tile(int m_tile, int n_tile) {
+  float *out = static_cast<float*>(args.out), *z = static_cast<float*>(args.z);
+  const int m_begin = T::kSplitK ? m_tile + block.part.first_group * 8 : m_tile;
+  const int m_end = min(T::kSplitK ? m_tile + block.part.last_group * 8 : m_tile + T::kRows, args.m);
+  auto store = [&](int m, int n, float product) {
+    const int64_t at = int64_t(m) * args.n + n;
+    const float value = product + bias_of<float>(args, n);
+    if (z != nullptr) z[at] = value;
+    out[at] = activation(value, args.scale);
+  };
 #pragma unroll 1
-        for (int k_block = 0; k_block < args.k; k_block += 4 * kTileK) {
-          float sum[8][4] = {};
-#pragma unroll 1
-          for (int k = k_block + quarter * 4; k < min(k_block + 4 * kTileK, args.k); k += 16) {
-            float4 a[8];
-#pragma unroll
-            for (int j = 0; j < 8; ++j) a[j] = w_four(all_w + w_rows[j], k);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const float4 b = x_four(all_x + x_rows[i], k);
-#pragma unroll
-              for (int j = 0; j < 8; ++j) sum[j][i] = add_dot(a[j], b, sum[j][i]);
-            }
-          }
-#pragma unroll
-          for (int i = 0; i < 32; ++i) product[i / 4][i % 4] += sum[i / 4][i % 4];
-        }
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          float mine = 0;  // of row m + quarter
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            float all = product[j][i] + __shfl_xor_sync(~0u, product[j][i], 1);
-            all += __shfl_xor_sync(~0u, all, 2);
-            if (i == quarter) mine = all;
-          }
-          if (lane / 8 * 4 + quarter < rows && is_lost(m + quarter, n + j)) store(m + quarter, n + j, mine);
-        }
-      } else if (count > 0) {  // few: one after the other
-        for (unsigned lanes; (lanes = __ballot_sync(~0u, lost != 0)) != 0;) {
-          const int owner = __ffs(lanes) - 1;
-          const int m = m_patch + 2 * __shfl_sync(~0u, __ffs(lost) - 1, owner) + owner / 16;
-          const int n = n_first + owner % 16;
-          float sum = 0;
+  for (int m_first = m_tile; m_first < m_end; m_first += Layout::kRows) {
+    // A thread's sums, as wgmma has them: number i is row m_of(i) and column n_of(i).
+    auto row_of_sum = [&](int i) { return m_first + i / 4 * 8 + 2 * q + i % 2; };
+    auto column_of_sum = [&](int i) { return n_tile + warp * 16 + r + i / 2 % 2 * 8; };
+    uint32_t lost = 0;
 #pragma unroll 4
-          for (int k = lane * 4; k < args.k; k += 128) sum = add_dot(w_four(w_row(n), k), x_four(x_row(m), k), sum);
-          for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-          if (lane == owner) {
-            store(m, n, sum);
-            lost &= lost - 1;
-          }
-        }
+    for (int i = 0; i < Layout::kSums; ++i) {
+      const int m = row_of_sum(i), n = column_of_sum(i);
+      if (m >= m_begin && m < m_end && n < args.n && !(fabsf(out[int64_t(m) * args.n + n]) < INFINITY)) lost |= 1u << i;
+    }
+    // Stores the lost sums that `total` has finite, or those that it has not, and says whether some are left. Through
+    // shared memory, so that they can be indexed.
+    auto store_where = [&](bool is_finite) {
+      const uint32_t mine = block.shared + 4 * thread;
+#pragma unroll
+      for (int i = 0; i < Layout::kSums; ++i) st_shared(mine + i * (4 * kConsumerThreads), total[i]);
+      for (uint32_t left = lost; left != 0; left &= left - 1) {
+        const int i = __ffs(left) - 1;
+        const float sum = ld_shared(mine + i * (4 * kConsumerThreads));
+        if ((fabsf(sum) < INFINITY) == is_finite) store(row_of_sum(i), column_of_sum(i), sum), lost ^= 1u << i;
+      }
+      return lost != 0;
+    };
+    if (any(__reduce_add_sync(~0u, __popc(lost)) > Layout::kFewLost)) {
+      multiply<Layout::kParts>(m_first, n_tile);
+      if (any(store_where(true))) {
+        multiply<1>(m_first, n_tile);
+        store_where(false);
+      }
+    }
+    for (unsigned lanes; (lanes = __ballot_sync(~0u, lost != 0)) != 0;) {
+      const int owner = __ffs(lanes) - 1, i = __ffs(lost) - 1;
+      const int m = __shfl_sync(~0u, row_of_sum(i), owner), n = __shfl_sync(~0u, column_of_sum(i), owner);
+      float sum = 0;
+#pragma unroll 4
+      for (int k = block.lane * 4; k < args.k; k += 128) sum = add_dot(load_w(n, k), load_x(m, k), sum);
+      for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+      if (block.lane == owner) {
+        store(m, n, sum);
+        lost &= lost - 1;
       }
     }
   }
+}
+
+// not_finite: as in Consumer.
+template <typename T> __device__ __forceinline__ void Repair<T>::tiles(uint32_t not_finite) {
+  // Through shuffles, or the compiler keeps what follows from them throughout the kernel.
+  auto hidden = [](auto value) { return __shfl_sync(~0u, value, 0); };
+  const TileScheduler<T> scheduler{hidden(args.m), hidden(args.n)};
+  int number = 0;
+  scheduler.for_each_tile(block.rank, hidden(block.blocks), hidden(gridDim.x), [&](int m0, int n0) {
+    if (any(not_finite >> min(number++, 31) & 1)) tile(m0, n0);
+  });
 }
 
 // ---- Stores
@@ -1792,11 +1979,6 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::repair(int m_
 // Groups of 8 rows: four of a thread's elements, two rows of out from m = the group's first + 2q and two columns, as
 // [column][row]. A warp's stores fill whole 32-byte sectors. z is stored by the same code as out, in a pass of its own.
 // Measured: what is rarely executed should be short or far away, since instructions are read from memory, too.
-
-template <typename T> __device__ __forceinline__ float Consumer<T>::bias_of(int n) const {
-  const Element* all = static_cast<const Element*>(args.bias);
-  return all != nullptr && n < args.n ? to_compute(all[n]) : 0;
-}
 
 // The inverses of the scales of x's rows m and m + 1, as RowScale has them.
 template <typename T> __device__ __forceinline__ float2 Consumer<T>::inverses_of_x(int m) const {
@@ -1817,10 +1999,11 @@ __device__ __forceinline__ void Consumer<T>::store_float(Element* to, bool is_z,
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const float product = sums[4 * group + e] * rows[e % 2].inverse();
-      check = fmaf(product, 0.0f, check);
-      const float value = sigmoid_residual(product + bias[e / 2], is_z ? 0 : args.scale);
+      const float nan_unless_finite = product * 0;
+      check += nan_unless_finite;
+      const float value = product + bias[e / 2], stored = select(is_z, value, activation(value, args.scale));
       if (m + group * 8 + e % 2 < args.m && n_of(r, e / 2) < args.n)
-        (e % 2 ? to + args.n : to)[e / 2 * T::kColumnStep] = value;
+        (e % 2 ? to + args.n : to)[e / 2 * T::kColumnStep] = stored + nan_unless_finite;
     }
   }
 }
@@ -1835,7 +2018,10 @@ __device__ __forceinline__ void Consumer<T>::store_pairs(Element* to, bool is_z,
   for (int group = 0; group < kGroups; ++group) {
     float v[4];
 #pragma unroll
-    for (int e = 0; e < 4; ++e) v[e] = sigmoid_residual<true>(sums[4 * group + e] + bias[e / 2], is_z ? 0 : args.scale);
+    for (int e = 0; e < 4; ++e) {
+      const float value = sums[4 * group + e] + bias[e / 2];
+      v[e] = select(is_z, value, activation<true>(value, args.scale));
+    }
     const Vector<Element, 2> even_row = {from_compute<Element>(v[0]), from_compute<Element>(v[2])};
     const Vector<Element, 2> odd_row = {from_compute<Element>(v[1]), from_compute<Element>(v[3])};
     const uint32_t rows[2] = {reinterpret_cast<const uint32_t&>(even_row), reinterpret_cast<const uint32_t&>(odd_row)};
@@ -1885,8 +2071,10 @@ __device__ __forceinline__ void Consumer<T>::store_boxes(const CUtensorMap* map,
       for (int i = 0; i < 4; ++i) {
         Vector<Element, 2> two;
 #pragma unroll
-        for (int e = 0; e < 2; ++e)
-          two.v[e] = from_compute<Element>(sigmoid_residual<true>(v[2 * i + e] + bias[i % 2], is_z ? 0 : args.scale));
+        for (int e = 0; e < 2; ++e) {
+          const float value = v[2 * i + e] + bias[i % 2];
+          two.v[e] = from_compute<Element>(select(is_z, value, activation<true>(value, args.scale)));
+        }
         matrices[i] = reinterpret_cast<const uint32_t&>(two);
       }
       stmatrix_x4_trans(mine + first_row * 128, matrices);
@@ -1928,7 +2116,8 @@ __device__ __forceinline__ void Consumer<T>::finish(int m, float* sums, float2 f
 }
 
 template <typename T> __device__ __forceinline__ void Consumer<T>::finish_tile() {
-  bias[0] = bias_of(n_of(r, 0)), bias[1] = bias_of(n_of(r, 1));
+  r = laneid() / 4, q = laneid() % 4;
+  bias[0] = bias_of<Element>(args, n_of(r, 0)), bias[1] = bias_of<Element>(args, n_of(r, 1));
   if constexpr (T::kSplitK) {
     finish_shared_tile();
   } else if constexpr (T::kIsFloat) {
@@ -1942,11 +2131,37 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::finish_tile()
 #pragma unroll
       for (int i = 0; i < 64; ++i) total[i] = total[T::kRows / 2 - 64 + i];
     }
-    not_finite = not_finite << 1 | (not_finite & 1u << 31) | (check != 0);
+    not_finite |= uint32_t(check != 0) << min(tile++, 31);
   } else {
     float check = 0;
     finish<T::kGroups>(m0 + 2 * q, total, {}, check);
   }
+}
+
+// One thread: initializes the barriers and fetches what can be fetched at once.
+template <typename T> __device__ __forceinline__ void set_up(const Block<T>& block, const CUtensorMap& w_map) {
+  using Shared = SharedLayout<T>;
+  for (int i = 0; i < T::kWStages; ++i) {
+    mbarrier_init(block.shared + Shared::kWFull + 8 * i, 1);
+    mbarrier_init(block.shared + Shared::kWEmpty + 8 * i, T::kSharesW ? kConverterWarps : kConsumerWarps);
+  }
+  for (int i = 0; i < T::kConvertedStages; ++i) {
+    mbarrier_init(block.shared + Shared::kConvertedFull + 8 * i, 32 * kConverterWarps);
+    mbarrier_init(block.shared + Shared::kConvertedEmpty + 8 * i, (32 + 1) * kConsumerWarps);
+  }
+  for (int i = 0; i < T::kXStages; ++i) {
+    mbarrier_init(block.shared + Shared::kXFull + 8 * i, 1);
+    mbarrier_init(block.shared + Shared::kXEmpty + 8 * i, kConsumerWarps * T::kBlocksSharingX);
+  }
+  mbarrier_init(block.shared + Shared::kSumsFull, 1);
+  fence_mbarrier_init();
+  if (T::kSplitK) {  // what every other block sends this one
+    const int groups = block.part.last_group - block.part.first_group;
+    mbarrier_arrive_expect_tx(
+        block.shared + Shared::kSumsFull,
+        (int(block.blocks) - 1) * (groups * kGroupBytes + (groups > 0 ? T::kSentInverseBytes : 0)));
+  }
+  prefetch_w(block, w_map);
 }
 
 #endif  // HAS_SM90A
@@ -1962,34 +2177,13 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 #ifdef HAS_SM90A
   extern __shared__ __align__(1024) uint8_t shared_memory[];  // the swizzle repeats every 1024 bytes
   const Block<T> block(args, shared_memory);
-  using Shared = SharedLayout<T>;
-
   if (threadIdx.x == 0) {
-    for (int i = 0; i < T::kWStages; ++i) {
-      mbarrier_init(block.shared + Shared::kWFull + 8 * i, 1);
-      mbarrier_init(block.shared + Shared::kWEmpty + 8 * i, T::kSharesW ? kConverterWarps : kConsumerWarps);
-    }
-    for (int i = 0; i < T::kConvertedStages; ++i) {
-      mbarrier_init(block.shared + Shared::kConvertedFull + 8 * i, 32 * kConverterWarps);
-      mbarrier_init(block.shared + Shared::kConvertedEmpty + 8 * i, (32 + 1) * kConsumerWarps);
-    }
-    for (int i = 0; i < T::kXStages; ++i) {
-      mbarrier_init(block.shared + Shared::kXFull + 8 * i, 1);
-      mbarrier_init(block.shared + Shared::kXEmpty + 8 * i, kConsumerWarps * T::kBlocksSharingX);
-    }
-    mbarrier_init(block.shared + Shared::kSumsFull, 1);
-    fence_mbarrier_init();
-    if (T::kSplitK) {  // what every other block sends this one
-      const int groups = block.part.last_group - block.part.first_group;
-      mbarrier_arrive_expect_tx(
-          block.shared + Shared::kSumsFull,
-          (int(block.blocks) - 1) * (groups * kGroupBytes + (groups > 0 ? T::kSentInverseBytes : 0)));
-    }
-    prefetch_w(block, w_map);
+    set_up(block, w_map);
     prefetch_tensormap(&x_map);
     prefetch_tensormap(&x_lo_map);
   }
   __syncthreads();
+  const int warp = warp_index();
   // Before anything of another block's is touched; where they share a tile that is at its end.
   barrier_cluster_arrive_relaxed();
   if (!T::kSplitK) barrier_cluster_wait();
@@ -2001,18 +2195,18 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     barrier_cluster_wait();
   };
 
-  if (block.warp < 4) {
+  if (warp < 4) {
     setmaxnreg_dec<T::kProducerRegisters>();
     // Two threads, so that W may run ahead by its whole ring while x waits for a stage, and the other way round.
-    if (block.lane == 0 && block.warp < 2) {
-      if (block.warp == 0)
+    if (block.lane == 0 && warp < 2) {
+      if (warp == 0)
         produce_w(block, w_map);
       else
         produce_x(block, x_map, x_lo_map);
     }
     __syncwarp();  // the other lanes have waited here
     if (T::kSplitK) barrier_cluster_wait();
-  } else if (block.warp < T::kFirstConsumerWarp) {
+  } else if (warp < T::kFirstConsumerWarp) {
     if constexpr (T::kSharesW) {
       setmaxnreg_dec<T::kConverterRegisters>();
       convert_w(block);
@@ -2029,16 +2223,11 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     });
     if (T::kStoresBoxes && threadIdx.x % 128 == 0) cp_async_bulk_wait_group_read<0>();
     if (consumer.warpgroup == 0) consumer.await_turn();  // takes the last turn, so that the barrier ends as it began
-    if (!T::kIsFloat || !__any_sync(~0u, consumer.not_finite != 0)) {
+    if (!T::kIsFloat || !Repair<T>::any(consumer.not_finite != 0)) {
       leave_cluster();  // here, and not behind the instructions that follow
       return;
     }
-    __syncwarp();    // what other threads have stored is read, too
-    int later = -1;  // tiles
-    block.for_each_tile([&](int, int) { ++later; });
-    block.for_each_tile([&](int m0, int n0) {
-      if (__any_sync(~0u, consumer.not_finite >> min(later--, 31) & 1)) consumer.repair(m0, n0);
-    });
+    if constexpr (T::kIsFloat) Repair<T>(args, shared_memory).tiles(consumer.not_finite);
   }
   leave_cluster();
 #endif
@@ -2119,13 +2308,11 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
   cudaError_t error = cudaSuccess;
   // First, so that the GPU has work while the host prepares the rest.
   if constexpr (T::kKernel == Kernel::kFp16x1Staged)
-    error = launch_split_rows<256, 1>(args.w, args.w_stride, args.w_split, args.n, kMaxRows, args.k, args.is_aligned,
-                                      false, stream);
+    error = launch_split_rows<256, 1>(args.w, args.w_stride, args.w_split, args.n, kMaxRows, args.k, false, stream);
   if constexpr (T::kIsFloat)
     if (error == cudaSuccess)
-      error = launch_split_rows<T::kSplitK ? 512 : 256, T::kParts>(args.x, args.x_stride, args.x_split, args.m,
-                                                                   TileScheduler<T>::kClusterM, args.k, args.is_aligned,
-                                                                   T::kKeepsOrderOfK, stream);
+      error = launch_split_rows<T::kSplitK ? 512 : 256, T::kParts>(
+          args.x, args.x_stride, args.x_split, args.m, TileScheduler<T>::kClusterM, args.k, T::kKeepsOrderOfK, stream);
   CUtensorMap w_map, x_map, x_lo_map;
   StoreMaps<T::kStoresBoxes> store_maps = {};
   // Measured: without promotion 1 us less where W is only read once, 0.2 % more elsewhere.
@@ -2272,12 +2459,9 @@ int linear_hopper(const void* x, const void* w, const void* bias, void* out, voi
   if (scratch == nullptr && what != Conversion::kNone) return cudaErrorInvalidValue;
   const SplitRows x_split(scratch, m, k, parts);
   const SplitRows w_split(static_cast<char*>(scratch) + SplitRows::bytes(m, k, parts), n, k, 1);
-  const bool is_aligned = k % 4 == 0 && x_stride % 4 == 0 && aligned16(x, x, x) &&
-                          (what == Conversion::kSplitTransposed || (w_stride % 4 == 0 && aligned16(w, w, w)));
   const bool can_store_boxes = n % 8 == 0 && aligned16(out, z, z);
-  const hopper::Arguments args = {x,       w,       bias,         out,        z,
-                                  x_split, w_split, x_stride,     w_stride,   int(m),
-                                  int(n),  int(k),  float(scale), is_aligned, can_store_boxes};
+  const hopper::Arguments args = {x,        w,        bias,   out,    z,      x_split,      w_split,
+                                  x_stride, w_stride, int(m), int(n), int(k), float(scale), can_store_boxes};
   switch (static_cast<DType>(dtype)) {
     case DType::kFloat32:
       switch (what) {

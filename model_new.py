@@ -545,9 +545,7 @@ def _hopper_cuda(tile, x, weight, bias, scale, with_z=False):
     if not in_16_bytes and not _in_rows(weight):
         weight = weight.contiguous()
         in_16_bytes = _in_16_bytes(weight)
-    if kernel == "fp16x1_staged":  # both are converted first, from rows of any alignment
-        x = x if x.stride(1) == 1 else x.contiguous()
-    elif in_16_bytes and (kernel == "wgmma16" or k % 4 == 0):
+    if in_16_bytes and (kernel == "wgmma16" or k % 4 == 0):
         x = x if _in_16_bytes(x) else _padded(x)
     else:
         x, weight = _padded(x), _padded(weight)
@@ -573,7 +571,8 @@ def _matmul_cuda(a, b):
     tile = select_tile("float32", m, n, k, transposed=True) if may_serve and _in_16_bytes(b) else None
     if tile is None:
         return a.mm(b)
-    a = a if a.stride(1) == 1 and a.stride(0) >= k else a.contiguous()
+    a = a if _in_rows(a) else a.contiguous()
+    a = a if _in_16_bytes(a) and k % 4 == 0 else _padded(a)
     out = a.new_empty(m, n)
     _launch_hopper(_SPLIT_TRANSPOSED, tile[1:], a, b, None, out, None, (m, n, k), 0.0)
     return out
