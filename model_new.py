@@ -9,7 +9,7 @@ random numbers drawn, same answers. Device code is in kernels.cu, which is built
 on a machine with a CUDA device. Without one, the same operator runs its CPU implementation.
 
     python model_new.py                  check, then time, against Model on the reference shape
-    python model_new.py --help           other shapes, dtypes, precisions; JSON; single-file export
+    python model_new.py --help           other shapes, dtypes, precisions; JSON; single-file export; building
 """
 
 import argparse
@@ -20,6 +20,7 @@ import glob
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import platform
@@ -1123,27 +1124,40 @@ def times_in_turns(functions, repeats, warm_up_seconds=0.0, wall_clock=False):
 
 def _environment():
     if torch.cuda.is_available():
-        where = f"{torch.cuda.get_device_name()} (sm_{architectures()[0]}), CUDA {torch.version.cuda}"
+        arch = _architecture(*torch.cuda.get_device_capability())
+        where = f"{torch.cuda.get_device_name()} (sm_{arch}), CUDA {torch.version.cuda}"
     else:
+        arch = None
         where = f"CPU ({torch.get_num_threads()} threads), no CUDA device: the operator's CPU implementation"
-    return f"{where}, torch {torch.__version__}, Python {platform.python_version()}"
+    hint = "" if arch == "90a" else "\nLarge gains need a GPU of compute capability 9.0 (H100, H200)."
+    return f"{where}, torch {torch.__version__}, Python {platform.python_version()}{hint}"
 
 
 def _compiled(model, x):
-    """torch.compile(model), or None and why not: where its own compiler is missing the other rows still stand."""
-    if not torch.cuda.is_available() and not any(map(shutil.which, ("g++", "clang++", os.environ.get("CXX", "g++")))):
-        return None, "torch.compile needs a C++ compiler"
-    if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
-        return None, "torch.compile needs triton"
-    compiled = torch.compile(model)
-    compiled(x)
-    return compiled, None
+    """torch.compile(model), or None and why not: whatever goes wrong in this rival, the other rows still stand."""
+    # It tells those who have no GPU which toolkit it found.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    with _Caught(Exception) as caught:
+        compiled = torch.compile(model)
+        compiled(x)
+        return compiled, None
+    message, *_ = str(caught.error).partition("Set TORCHDYNAMO_VERBOSE")
+    return None, f"{type(caught.error).__name__}: {_first_error(message)}"
+
+
+def _free_memory():
+    """Bytes, of the GPU or else of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    with open("/proc/meminfo", encoding="utf-8") as file:
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", file.read()).group(1))
 
 
 def _parse_arguments(argv):
     parser = argparse.ArgumentParser(
         prog="model_new.py",
         description="Checks ModelNew against Model and against float64, then times both and torch.compile(Model).",
+        epilog="Exit status: 0, 1 where a check failed, 2 where it could not be made.",
     )
     parser.add_argument(
         "--shape", default=f"{batch_size},{input_size},{hidden_size}", metavar="M,K,N", help="default %(default)s"
@@ -1159,14 +1173,35 @@ def _parse_arguments(argv):
     parser.add_argument(
         "--export", metavar="FILE", help="write one self-contained file with kernels.cu inside, and stop"
     )
+    parser.add_argument(
+        "--build",
+        metavar="ARCH,...",
+        help="compile kernels.cu for machines whose GPUs have these compute capabilities (90 for H100 and H200), which "
+        "need not be here, print the libraries' paths, and stop",
+    )
     arguments = parser.parse_args(argv)
     if not re.fullmatch(r"\d+,\d+,\d+", arguments.shape) or 0 in map(int, arguments.shape.split(",")):
         parser.error(f"--shape: expected three positive numbers M,K,N, got {arguments.shape!r}")
     arguments.shape = tuple(map(int, arguments.shape.split(",")))
+    if arguments.build is not None:
+        if not re.fullmatch(r"\d{2,3}a?(,\d{2,3}a?)*", arguments.build):
+            parser.error(f"--build: expected compute capabilities such as 80,90a, got {arguments.build!r}")
+        numbers = [arch.rstrip("a") for arch in arguments.build.split(",")]
+        arguments.build = [_architecture(int(number[:-1]), int(number[-1])) for number in numbers]
+    sources = [os.path.join(_folder(), "kernels.cu"), os.path.abspath(globals().get("__file__", "model_new.py"))]
     for option in ("json", "export"):
-        folder = os.path.dirname(os.path.abspath(getattr(arguments, option) or "."))
+        path = getattr(arguments, option)
+        if path is None:
+            continue
+        folder = os.path.dirname(os.path.abspath(path))
+        if not path or os.path.isdir(path):
+            parser.error(f"--{option}: expected a file, got {path!r}")
         if not os.path.isdir(folder):
             parser.error(f"--{option}: there is no folder {folder}")
+        if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+            parser.error(f"--{option}: {path} cannot be written")
+        if os.path.realpath(path) in map(os.path.realpath, sources):
+            parser.error(f"--{option}: {path} is what this script is made of")
     return arguments
 
 
@@ -1182,16 +1217,27 @@ def export(path):
 
 @torch.no_grad()
 def main(argv=None):
-    """The built-in check and timing. Returns the exit status: 0, or 1 when a check failed."""
+    """The built-in check and timing. Returns the exit status: 0, 1 when a check failed, 2 when it could not be made."""
     arguments = _parse_arguments(argv)
     if arguments.export:
         export(arguments.export)
         print(f"wrote {arguments.export}")
         return 0
+    if arguments.build:
+        for arch in arguments.build:
+            print(build([arch]))
+        return 0
     torch.set_float32_matmul_precision(arguments.precision)
     (rows, k, n), dtype = arguments.shape, _DTYPE_NAMES[arguments.dtype]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(_environment())
+
+    # Two layers and their outputs, and in float64 W, x, their magnitudes, and what is computed from them.
+    size = dtype.itemsize
+    needed = (2 * size + 16) * n * k + (size + 16) * rows * k + (3 * size + 32) * rows * n
+    if needed > (free := _free_memory()):
+        print(f"this shape needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free", file=sys.stderr)
+        return 2
 
     models = {}
     for kind in (Model, ModelNew):
@@ -1247,7 +1293,7 @@ def main(argv=None):
             }
         )
     if why_not:
-        print(f"Model, torch.compile: not timed, {why_not}")
+        print(f"Model, torch.compile: not timed, because {why_not}")
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump(results, file, indent=1)
@@ -1255,4 +1301,9 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with _Caught(BrokenPipeError) as reader_gone:  # as with `| head`
+        status = main()
+        sys.stdout.flush()
+    if reader_gone.error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
+    sys.exit(1 if reader_gone.error else status)
