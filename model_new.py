@@ -268,7 +268,6 @@ def _take_turn(builder, folder):
             f"waiting for {builder.read()}, which compiles kernels.cu in {folder}; if it is stuck, end it, or set "
             "TORCH_EXTENSIONS_DIR to another folder",
             file=sys.stderr,
-            flush=True,
         )
         fcntl.flock(builder, fcntl.LOCK_EX)
     elif refused.error:
@@ -290,7 +289,6 @@ def _compile(archs, source, library):
         f"compiling kernels.cu for sm_{', sm_'.join(known)} with {home}/bin/nvcc{left_out}; done once, then cached in "
         f"{folder}",
         file=sys.stderr,
-        flush=True,
     )
     load_inline = "import json, sys; from torch.utils.cpp_extension import load_inline as f; f(**json.load(sys.stdin))"
     arguments = {
@@ -303,42 +301,33 @@ def _compile(archs, source, library):
         "is_python_module": False,  # no Python bindings, whose headers take most of a minute
         "no_implicit_headers": True,
     }
+    environ = {**os.environ, "CUDA_HOME": "cuda", "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+    with _Caught(ImportError):
+        import ninja  # it is on PATH only where the virtual environment is activated
+
+        environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), ninja.BIN_DIR])
     with tempfile.TemporaryDirectory(prefix="build-", dir=folder, ignore_cleanup_errors=True) as build_folder:
         # cpp_extension links with -lcudart, which a wheel's toolkit has under another name only. The functions come
-        # from the libcudart that PyTorch has loaded, so an empty file does.
-        open(os.path.join(build_folder, "libcudart.so"), "w").close()
+        # from the libcudart that PyTorch has loaded, so a linker script that names the C library does.
+        with open(os.path.join(build_folder, "libcudart.so"), "w", encoding="utf-8") as script:
+            script.write("INPUT(-lc)\n")
         # Nor does it quote the toolkit's path, which may have spaces.
         os.symlink(home, os.path.join(build_folder, "cuda"))
-        path = [os.environ.get("PATH", os.defpath)]
-        with _Caught(ImportError):
-            import ninja
-
-            path.append(ninja.BIN_DIR)  # which is on PATH only where the virtual environment is activated
-        environ = {
-            **os.environ,
-            "CUDA_HOME": "cuda",
-            "PATH": os.pathsep.join(path),
-            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
-        }
+        command, stdin = [sys.executable, "-c", load_inline], json.dumps(arguments)
         result = subprocess.run(
-            [sys.executable, "-c", load_inline],
-            input=json.dumps(arguments),
-            cwd=build_folder,
-            env=environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
+            command, input=stdin, cwd=build_folder, env=environ, capture_output=True, errors="replace"
         )
-        if result.returncode != 0:
-            print(result.stdout, file=sys.stderr, flush=True)
-            raise RuntimeError(
-                f"building kernels.cu failed: {_first_error(result.stdout)}\n"
-                f"  toolkit {home}, folder {folder}\n"
-                "  Needed are g++, ninja and setuptools (`pip install ninja setuptools`) and a CUDA toolkit that fits "
-                "g++; CUDA_HOME chooses another. The compiler's whole output is above."
-            )
-        os.replace(os.path.join(build_folder, file), library)
+        if result.returncode == 0:
+            os.replace(os.path.join(build_folder, file), library)
+            return
+    output = result.stdout + result.stderr
+    print(output, file=sys.stderr)
+    raise RuntimeError(
+        f"building kernels.cu failed: {_first_error(output)}\n"
+        f"  toolkit {home}, folder {folder}\n"
+        "  Needed are g++, ninja and setuptools (`pip install ninja setuptools`) and a CUDA toolkit that fits g++; "
+        "CUDA_HOME chooses another. The compiler's whole output is above."
+    )
 
 
 _POINTER, _INT64, _DOUBLE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
