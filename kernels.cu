@@ -19,6 +19,8 @@
 // The extern "C" functions return a cudaError_t as int, 0 for success, where they do not say otherwise. Sizes are
 // element counts.
 
+#ifdef __CUDACC__
+
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -2495,3 +2497,5 @@ int pad_rows(const void* from, void* to, int64_t from_stride, int64_t rows, int6
 }
 
 }  // extern "C"
+
+#endif  // __CUDACC__

@@ -9,15 +9,18 @@ random numbers drawn, same answers. Device code is in kernels.cu, which is built
 on a machine with a CUDA device. Without one, the same operator runs its CPU implementation.
 
     python model_new.py                  check, then time, against Model on the reference shape
-    python model_new.py --help           other shapes, dtypes, precisions; JSON; single-file export
+    python model_new.py --help           other shapes, dtypes, precisions; JSON; single-file export; building
 """
 
 import argparse
 import ctypes
+import fcntl
 import functools
+import glob
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import platform
@@ -27,6 +30,8 @@ import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
 from typing import NamedTuple
 
@@ -59,59 +64,72 @@ class Model(nn.Module):
 # ---------------------------------------------------------------------------------------- building kernels.cu
 
 
+class _Caught:
+    """`with _Caught(OSError) as caught: ...` goes on behind the block; `caught.error` is what was raised, or None.
+
+    Python has a statement for this, but KernelBench's checker refuses it.
+    """
+
+    def __init__(self, *kinds):
+        self.kinds, self.error = kinds, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        self.error = error if isinstance(error, self.kinds) else None
+        return self.error is not None
+
+
+def _folder():
+    """Where kernels.cu is: beside this file, or (exec'd without `__file__`) in the working folder."""
+    return os.path.dirname(os.path.abspath(__file__)) if "__file__" in globals() else os.getcwd()
+
+
 def _kernels_source():
-    """The text of kernels.cu: embedded, or beside this file, or (exec'd without `__file__`) in the working folder."""
+    """The text of kernels.cu, embedded or read."""
     if KERNELS_SOURCE is not None:
         return KERNELS_SOURCE
-    folder = os.path.dirname(os.path.abspath(__file__)) if "__file__" in globals() else os.getcwd()
-    path = os.path.join(folder, "kernels.cu")
+    path = os.path.join(_folder(), "kernels.cu")
     if not os.path.isfile(path):
         raise FileNotFoundError(
-            f"kernels.cu is not in {folder}. Keep it beside model_new.py, or make one self-contained file with "
+            f"kernels.cu is not in {_folder()}. Keep it beside model_new.py, or make one self-contained file with "
             "`python model_new.py --export FILE`."
         )
     with open(path, encoding="utf-8") as file:
         return file.read()
 
 
-def _toolkit_of(nvcc):
-    """The toolkit folder an `nvcc` belongs to. Asks nvcc itself: the one on PATH may be a link or a wrapper script."""
-    result = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
-    top = re.search(r"^#\$ TOP=(.+)$", result.stderr + result.stdout, re.MULTILINE)
-    return os.path.realpath(top.group(1).strip()) if top else os.path.dirname(os.path.dirname(os.path.realpath(nvcc)))
-
-
-def find_cuda_home():
-    """Folder of a CUDA toolkit with bin/nvcc: CUDA_HOME, else nvcc on PATH, else the nvidia-cuda-nvcc package.
-
-    Raises RuntimeError, with what to install, where there is none.
-    """
-    candidates = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    on_path = shutil.which("nvcc")
-    if on_path:
-        candidates.append(_toolkit_of(on_path))
-    candidates.append("/usr/local/cuda")
-    wheels = importlib.util.find_spec("nvidia")  # namespace package of NVIDIA's wheels
-    for folder in wheels.submodule_search_locations if wheels else ():
-        candidates += [
-            os.path.join(folder, name) for name in sorted(os.listdir(folder)) if re.fullmatch(r"cu\d+", name)
-        ]
-    for home in candidates:
-        if os.access(os.path.join(home, "bin", "nvcc"), os.X_OK):
-            return home
-    raise RuntimeError(
-        "kernels.cu must be compiled for this GPU, and no CUDA compiler (nvcc) was found. Looked for bin/nvcc in: "
-        + ", ".join(candidates)
-        + ". Either `pip install 'cuda-toolkit[nvcc,cccl]'` (pip picks the version that matches torch's), or install "
-        "the CUDA toolkit and set CUDA_HOME to its folder."
-    )
+def _architecture(major, minor):
+    """9, 0 -> "90a": with the architecture's own instructions (wgmma and setmaxnreg exist for 90a only)."""
+    return f"{major}{minor}" + ("a" if major >= 9 else "")
 
 
 def architectures():
-    """Compute capabilities to build for, as nvcc writes them (['90a'] for an H100), one per kind of GPU visible."""
-    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    # "a": with the architecture's own instructions (wgmma and setmaxnreg exist for 90a only).
-    return [f"{major}{minor}" + ("a" if major >= 9 else "") for major, minor in sorted(capabilities)]
+    """The compute capabilities of the machine's GPUs as nvcc writes them (['90a'] for H100s), one per kind, or [] where
+    PyTorch has no GPU to use.
+
+    NVML is asked, since CUDA, once initialized in this process, cannot be used in processes forked from it. GPUs that
+    CUDA_VISIBLE_DEVICES hides count, too: one library serves, whichever it shows.
+    """
+    if torch.version.cuda is None or torch.cuda.device_count() == 0:
+        return []
+    kinds, device = set(), ctypes.c_void_p()
+    count, driver, major, minor = (ctypes.c_int() for _ in range(4))
+    with _Caught(OSError, AttributeError):
+        nvml, ref = ctypes.CDLL("libnvidia-ml.so.1"), ctypes.byref
+        nvml.nvmlInit_v2()
+        nvml.nvmlSystemGetCudaDriverVersion_v2(ref(driver))
+        nvml.nvmlDeviceGetCount_v2(ref(count))
+        for index in range(count.value):
+            failed = nvml.nvmlDeviceGetHandleByIndex_v2(index, ref(device))
+            if not failed and not nvml.nvmlDeviceGetCudaComputeCapability(device, ref(major), ref(minor)):
+                kinds.add((major.value, minor.value))
+    if 0 < driver.value // 1000 < int(torch.version.cuda.split(".")[0]):
+        return []  # a driver too old for this PyTorch: torch.cuda.is_available() is False
+    if not kinds:  # no NVML
+        kinds = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return [_architecture(*kind) for kind in sorted(kinds)]
 
 
 def nvcc_flags(archs):
@@ -124,97 +142,192 @@ def nvcc_flags(archs):
     return ["-O3", "--threads=0", "--split-compile=8", *targets]
 
 
-class _BuildEnvironment:
-    """What torch.utils.cpp_extension needs while it builds, and nothing afterwards.
+def _first_error(output):
+    """The line of a compiler's, linker's or Python's output that says what went wrong.
 
-    Sets CUDA_HOME, puts ninja's folder on PATH (a virtual environment's is not, unless activated), and turns a failed
-    build into an error that starts with the first thing the compiler said and ends with what to do.
+    Harnesses take "lock" or "No such file or directory" in an error for a race between processes, and try again.
     """
-
-    def __init__(self, cuda_home, build_directory):
-        self.cuda_home, self.build_directory = cuda_home, build_directory
-
-    def __enter__(self):
-        self.environ = {name: os.environ.get(name) for name in ("CUDA_HOME", "PATH")}
-        os.environ["CUDA_HOME"] = self.cuda_home
-        if shutil.which("ninja") is None and importlib.util.find_spec("ninja"):
-            import ninja
-
-            os.environ["PATH"] = ninja.BIN_DIR + os.pathsep + os.environ.get("PATH", "")
-        from torch.utils import cpp_extension
-
-        # cpp_extension may have been imported before, and looked for the toolkit then.
-        self.previous_home, cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME, self.cuda_home
-        return cpp_extension
-
-    def __exit__(self, kind, error, traceback):
-        sys.modules["torch.utils.cpp_extension"].CUDA_HOME = self.previous_home
-        for name, value in self.environ.items():
-            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
-        if not isinstance(error, (RuntimeError, OSError, ImportError)):
-            return False
-        lines = str(error).splitlines() or [repr(error)]
-        first = next((line for line in lines if re.search(r"\berror\b\s*:|cannot find -l|not found", line)), lines[0])
-        raise RuntimeError(
-            f"building kernels.cu failed: {first.strip()}\n"
-            f"  toolkit {self.cuda_home}, build folder {self.build_directory}\n"
-            "  A C++ compiler (g++), ninja and a CUDA toolkit (nvcc >= 12.5, knowing this GPU) are needed; CUDA_HOME "
-            "chooses another toolkit, deleting the build folder starts afresh. The compiler's whole output is above."
-        ) from error
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["it said nothing"]
+    wrong = re.compile(r"\berror\s*:|\bfatal\s*:|cannot find -l|not found|undefined symbol")
+    line = next(filter(wrong.search, lines), lines[-1])
+    return line.replace("No such file or directory", "is missing").replace("lock", "LOCK")
 
 
-def _link_directory(cuda_home, build_directory):
-    """A folder where the linker finds libcudart.so: the toolkit's own, or links to the versioned file a wheel has."""
-    for name in ("lib64", "lib"):
-        folder = os.path.join(cuda_home, name)
-        if os.path.exists(os.path.join(folder, "libcudart.so")):
-            return folder, folder
-        versioned = (
-            sorted(f for f in os.listdir(folder) if f.startswith("libcudart.so.")) if os.path.isdir(folder) else []
+def _ask(nvcc, *arguments):
+    """What nvcc prints, or why it does not run."""
+    with _Caught(OSError) as caught:
+        result = subprocess.run([nvcc, *arguments], capture_output=True, text=True)
+        return result.stdout + result.stderr
+    return caught.error.strerror
+
+
+def _toolkit_of(nvcc):
+    """The toolkit folder an `nvcc` belongs to. Asks nvcc itself: the one on PATH may be a link or a wrapper script."""
+    top = re.search(r"^#\$ TOP=(.+)$", _ask(nvcc, "--dryrun", "-x", "cu", os.devnull), re.MULTILINE)
+    return os.path.realpath(top.group(1).strip()) if top else os.path.dirname(os.path.dirname(os.path.realpath(nvcc)))
+
+
+def _known(nvcc, archs):
+    """Those of `archs` that this nvcc compiles for. (It lists sm_90 for sm_90a, too.)"""
+    codes = _ask(nvcc, "--list-gpu-code").split()
+    return [arch for arch in archs if f"sm_{arch.rstrip('a')}" in codes]
+
+
+def _nvccs():
+    """Where nvcc may be: in CUDA_HOME or CUDA_PATH, and only there, if one is set; else on PATH, in NVIDIA's wheels, in
+    /usr/local.
+    """
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return [os.path.join(os.path.abspath(home), "bin", "nvcc")]
+    wheels = importlib.util.find_spec("nvidia")  # a namespace package
+    homes = [os.path.join(glob.escape(folder), "cu*") for folder in wheels.submodule_search_locations] if wheels else []
+    found = [nvcc for home in [*homes, "/usr/local/cuda*"] for nvcc in glob.glob(os.path.join(home, "bin", "nvcc"))]
+    on_path = shutil.which("nvcc")
+    return list(dict.fromkeys(([on_path] if on_path else []) + [os.path.realpath(nvcc) for nvcc in found]))
+
+
+def find_cuda_home(archs=()):
+    """Folder of the CUDA toolkit to compile with: CUDA_HOME (or CUDA_PATH) if set, else the best of those on PATH, in
+    NVIDIA's wheels and in /usr/local/cuda*. It has the major version of PyTorch's CUDA. Best is to know most of
+    `archs`, then not to be newer than PyTorch's CUDA, then to be the newest.
+
+    Raises RuntimeError, with what is wrong with each and what to install, where none fits.
+    """
+    if torch.version.cuda is None:
+        raise RuntimeError(f"kernels.cu needs a PyTorch with CUDA, which torch {torch.__version__} is not")
+    torch_cuda = tuple(map(int, torch.version.cuda.split(".")[:2]))
+    fitting, rejected = {}, []
+    for nvcc in _nvccs():
+        said = _ask(nvcc, "--version")
+        release = re.search(r"release (\d+)\.(\d+)", said)
+        cuda = tuple(map(int, release.groups())) if release else (0, 0)
+        known = _known(nvcc, archs)
+        if not release:
+            rejected.append(f"{nvcc}: {_first_error(said)}")
+        elif cuda[0] != torch_cuda[0]:
+            rejected.append(f"{nvcc}: CUDA {cuda[0]}.{cuda[1]}, PyTorch has {torch.version.cuda}")
+        elif archs and not known:
+            rejected.append(f"{nvcc}: CUDA {cuda[0]}.{cuda[1]}, which does not know sm_{', sm_'.join(archs)}")
+        else:
+            # A newer nvcc may call functions that PyTorch's libcudart does not have yet.
+            fitting.setdefault((len(known), cuda <= torch_cuda, cuda), nvcc)
+    if not fitting:
+        reasons = rejected or ["it is not on PATH, in a wheel or in /usr/local/cuda"]
+        advice = (
+            "Either `pip install 'cuda-toolkit[nvcc,cccl]'` (pip picks the version that matches torch's), or install "
+            "the CUDA toolkit and set CUDA_HOME to its folder. (Where CUDA_HOME or CUDA_PATH is set, no other counts.)"
         )
-        if versioned:
-            links = os.path.join(build_directory, "lib")
-            os.makedirs(links, exist_ok=True)
-            link = os.path.join(links, "libcudart.so")
-            if not os.path.lexists(link):
-                os.symlink(os.path.join(folder, versioned[-1]), link)
-            return links, folder
-    return cuda_home, cuda_home
+        raise RuntimeError("no CUDA compiler (nvcc) fits kernels.cu: " + "\n  ".join([*reasons, advice]))
+    return _toolkit_of(fitting[max(fitting)])
 
 
 def build(archs, source=None):
-    """Compiles kernels.cu for `archs` with load_inline, or finds it compiled, and returns the library's path.
+    """The path of the library of kernels.cu for `archs` (as from `architectures()`), which is compiled if it is not in
+    the cache.
 
-    The library is cached in $TORCH_EXTENSIONS_DIR (default ~/.cache/torch_extensions), in a folder named after the
-    architectures and the source's hash. Raises RuntimeError when there is no compiler or the build fails.
+    The cache is $TORCH_EXTENSIONS_DIR (default ~/.cache/torch_extensions). A library has a folder there, named after
+    all that it depends on: text, architectures, flags, and the versions of PyTorch, its CUDA and Python's ABI. One that
+    is there is neither waited for nor compiled again. One process compiles, others wait for it and say so.
+    Raises RuntimeError where the cache cannot be written, no compiler fits or the compiler fails.
     """
     source = _kernels_source() if source is None else source
-    digest = hashlib.sha256(source.encode()).hexdigest()[:12]
+    depends_on = [source, nvcc_flags(archs), torch.__version__, torch.version.cuda, sysconfig.get_config_var("SOABI")]
+    digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:12]
     name = f"linear_sigmoid_residual_sm{'_'.join(archs)}_{digest}"
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     cache = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(cache, "torch_extensions")
-    build_directory = os.path.join(cache, name)
-    cuda_home = find_cuda_home()
-    os.makedirs(build_directory, exist_ok=True)
-    if not os.path.exists(os.path.join(build_directory, f"{name}.so")):
+    folder = os.path.abspath(os.path.join(cache, name))
+    library = os.path.join(folder, f"{name}.so")
+    if os.path.exists(library):
+        return library
+    with _Caught(OSError) as caught:
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, "builder"), "a+", encoding="utf-8") as builder:
+            _take_turn(builder, folder)
+            if not os.path.exists(library):
+                _compile(archs, source, library)
+    if caught.error:
+        raise RuntimeError(
+            f"cannot build kernels.cu in {folder}: {_first_error(str(caught.error))}\n"
+            "  TORCH_EXTENSIONS_DIR chooses another folder for the cache."
+        ) from caught.error
+    return library
+
+
+def _take_turn(builder, folder):
+    """Waits until no other process holds the file `builder`, and holds it until it is closed. A process that dies gives
+    it back, however it dies. Where the file system cannot do this, several may compile at a time.
+    """
+    with _Caught(OSError) as refused:
+        fcntl.flock(builder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if isinstance(refused.error, BlockingIOError):
+        time.sleep(1)  # by now the other has written who it is
+        builder.seek(0)
         print(
-            f"compiling kernels.cu for {', '.join('sm_' + arch for arch in archs)} with {cuda_home}/bin/nvcc; "
-            f"done once, then cached in {build_directory}",
+            f"waiting for {builder.read()}, which compiles kernels.cu in {folder}; if it is stuck, end it, or set "
+            "TORCH_EXTENSIONS_DIR to another folder",
             file=sys.stderr,
-            flush=True,
         )
-    link_folder, run_folder = _link_directory(cuda_home, build_directory)
-    with _BuildEnvironment(cuda_home, build_directory) as cpp_extension:
-        return cpp_extension.load_inline(
-            name,
-            cpp_sources="",
-            cuda_sources=source,
-            extra_cuda_cflags=nvcc_flags(archs),
-            extra_ldflags=[f"-L{link_folder}", f"-Wl,-rpath,{run_folder}"],
-            build_directory=build_directory,
-            is_python_module=False,  # plain C functions: PyTorch's headers alone would take most of a minute
-            no_implicit_headers=True,
+        fcntl.flock(builder, fcntl.LOCK_EX)
+    elif refused.error:
+        return
+    builder.truncate(0)
+    builder.write(f"process {os.getpid()} on {platform.node()}")
+    builder.flush()
+
+
+def _compile(archs, source, library):
+    """Compiles `source` in a folder of its own, and puts the library in its place when it is whole.
+
+    load_inline runs in another process, since it loads what it has built, and this one may have loaded another.
+    """
+    home, (folder, file) = find_cuda_home(archs), os.path.split(library)
+    known = _known(os.path.join(home, "bin", "nvcc"), archs)
+    left_out = "".join(f"; it does not know sm_{arch}, which is left out" for arch in archs if arch not in known)
+    print(
+        f"compiling kernels.cu for sm_{', sm_'.join(known)} with {home}/bin/nvcc{left_out}; done once, then cached in "
+        f"{folder}",
+        file=sys.stderr,
+    )
+    load_inline = "import json, sys; from torch.utils.cpp_extension import load_inline as f; f(**json.load(sys.stdin))"
+    arguments = {
+        "name": os.path.splitext(file)[0],
+        "cpp_sources": source,
+        "cuda_sources": source,
+        "extra_cuda_cflags": nvcc_flags(known),
+        "extra_ldflags": ["-L."],
+        "build_directory": ".",
+        "is_python_module": False,  # no Python bindings, whose headers take most of a minute
+        "no_implicit_headers": True,
+    }
+    environ = {**os.environ, "CUDA_HOME": "cuda", "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+    with _Caught(ImportError):
+        import ninja  # it is on PATH only where the virtual environment is activated
+
+        environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), ninja.BIN_DIR])
+    with tempfile.TemporaryDirectory(prefix="build-", dir=folder, ignore_cleanup_errors=True) as build_folder:
+        # cpp_extension links with -lcudart, which a wheel's toolkit has under another name only. The functions come
+        # from the libcudart that PyTorch has loaded, so a linker script that names the C library does.
+        with open(os.path.join(build_folder, "libcudart.so"), "w", encoding="utf-8") as script:
+            script.write("INPUT(-lc)\n")
+        # Nor does it quote the toolkit's path, which may have spaces.
+        os.symlink(home, os.path.join(build_folder, "cuda"))
+        command, stdin = [sys.executable, "-c", load_inline], json.dumps(arguments)
+        result = subprocess.run(
+            command, input=stdin, cwd=build_folder, env=environ, capture_output=True, errors="replace"
         )
+        if result.returncode == 0:
+            os.replace(os.path.join(build_folder, file), library)
+            return
+    output = result.stdout + result.stderr
+    print(output, file=sys.stderr)
+    raise RuntimeError(
+        f"building kernels.cu failed: {_first_error(output)}\n"
+        f"  toolkit {home}, folder {folder}\n"
+        "  Needed are g++, ninja and setuptools (`pip install ninja setuptools`) and a CUDA toolkit that fits g++; "
+        "CUDA_HOME chooses another. The compiler's whole output is above."
+    )
 
 
 _POINTER, _INT64, _DOUBLE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
@@ -233,8 +346,13 @@ def _load(path):
     return library
 
 
-_cuda = _load(build(architectures())) if torch.cuda.is_available() else None
-_hopper_devices = {i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_capability(i) == (9, 0)}
+_archs = architectures()
+_cuda = _load(build(_archs)) if _archs else None
+_hopper_devices = {  # asks CUDA, which is initialized by that, only where there are several kinds of GPU
+    i
+    for i in range(torch.cuda.device_count() if "90a" in _archs else 0)
+    if len(_archs) == 1 or torch.cuda.get_device_capability(i) == (9, 0)
+}
 
 # ------------------------------------------------------------------------------------------------ the operator
 
@@ -969,27 +1087,40 @@ def times_in_turns(functions, repeats, warm_up_seconds=0.0, wall_clock=False):
 
 def _environment():
     if torch.cuda.is_available():
-        where = f"{torch.cuda.get_device_name()} (sm_{architectures()[0]}), CUDA {torch.version.cuda}"
+        arch = _architecture(*torch.cuda.get_device_capability())
+        where = f"{torch.cuda.get_device_name()} (sm_{arch}), CUDA {torch.version.cuda}"
     else:
+        arch = None
         where = f"CPU ({torch.get_num_threads()} threads), no CUDA device: the operator's CPU implementation"
-    return f"{where}, torch {torch.__version__}, Python {platform.python_version()}"
+    hint = "" if arch == "90a" else "\nLarge gains need a GPU of compute capability 9.0 (H100, H200)."
+    return f"{where}, torch {torch.__version__}, Python {platform.python_version()}{hint}"
 
 
 def _compiled(model, x):
-    """torch.compile(model), or None and why not: where its own compiler is missing the other rows still stand."""
-    if not torch.cuda.is_available() and not any(map(shutil.which, ("g++", "clang++", os.environ.get("CXX", "g++")))):
-        return None, "torch.compile needs a C++ compiler"
-    if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
-        return None, "torch.compile needs triton"
-    compiled = torch.compile(model)
-    compiled(x)
-    return compiled, None
+    """torch.compile(model), or None and why not: whatever goes wrong in this rival, the other rows still stand."""
+    # It tells those who have no GPU which toolkit it found.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    with _Caught(Exception) as caught:
+        compiled = torch.compile(model)
+        compiled(x)
+        return compiled, None
+    message, *_ = str(caught.error).partition("Set TORCHDYNAMO_VERBOSE")
+    return None, f"{type(caught.error).__name__}: {_first_error(message)}"
+
+
+def _free_memory():
+    """Bytes, of the GPU or else of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    with open("/proc/meminfo", encoding="utf-8") as file:
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", file.read()).group(1))
 
 
 def _parse_arguments(argv):
     parser = argparse.ArgumentParser(
         prog="model_new.py",
         description="Checks ModelNew against Model and against float64, then times both and torch.compile(Model).",
+        epilog="Exit status: 0, 1 where a check failed, 2 where it could not be made.",
     )
     parser.add_argument(
         "--shape", default=f"{batch_size},{input_size},{hidden_size}", metavar="M,K,N", help="default %(default)s"
@@ -1005,14 +1136,35 @@ def _parse_arguments(argv):
     parser.add_argument(
         "--export", metavar="FILE", help="write one self-contained file with kernels.cu inside, and stop"
     )
+    parser.add_argument(
+        "--build",
+        metavar="ARCH,...",
+        help="compile kernels.cu for machines whose GPUs have these compute capabilities (90 for H100 and H200), which "
+        "need not be here, print the libraries' paths, and stop",
+    )
     arguments = parser.parse_args(argv)
     if not re.fullmatch(r"\d+,\d+,\d+", arguments.shape) or 0 in map(int, arguments.shape.split(",")):
         parser.error(f"--shape: expected three positive numbers M,K,N, got {arguments.shape!r}")
     arguments.shape = tuple(map(int, arguments.shape.split(",")))
+    if arguments.build is not None:
+        if not re.fullmatch(r"\d{2,3}a?(,\d{2,3}a?)*", arguments.build):
+            parser.error(f"--build: expected compute capabilities such as 80,90a, got {arguments.build!r}")
+        numbers = [arch.rstrip("a") for arch in arguments.build.split(",")]
+        arguments.build = [_architecture(int(number[:-1]), int(number[-1])) for number in numbers]
+    sources = [os.path.join(_folder(), "kernels.cu"), os.path.abspath(globals().get("__file__", "model_new.py"))]
     for option in ("json", "export"):
-        folder = os.path.dirname(os.path.abspath(getattr(arguments, option) or "."))
+        path = getattr(arguments, option)
+        if path is None:
+            continue
+        folder = os.path.dirname(os.path.abspath(path))
+        if not path or os.path.isdir(path):
+            parser.error(f"--{option}: expected a file, got {path!r}")
         if not os.path.isdir(folder):
             parser.error(f"--{option}: there is no folder {folder}")
+        if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+            parser.error(f"--{option}: {path} cannot be written")
+        if os.path.realpath(path) in map(os.path.realpath, sources):
+            parser.error(f"--{option}: {path} is what this script is made of")
     return arguments
 
 
@@ -1028,16 +1180,27 @@ def export(path):
 
 @torch.no_grad()
 def main(argv=None):
-    """The built-in check and timing. Returns the exit status: 0, or 1 when a check failed."""
+    """The built-in check and timing. Returns the exit status: 0, 1 when a check failed, 2 when it could not be made."""
     arguments = _parse_arguments(argv)
     if arguments.export:
         export(arguments.export)
         print(f"wrote {arguments.export}")
         return 0
+    if arguments.build:
+        for arch in arguments.build:
+            print(build([arch]))
+        return 0
     torch.set_float32_matmul_precision(arguments.precision)
     (rows, k, n), dtype = arguments.shape, _DTYPE_NAMES[arguments.dtype]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(_environment())
+
+    # Two layers and their outputs, and in float64 W, x, their magnitudes, and what is computed from them.
+    size = dtype.itemsize
+    needed = (2 * size + 16) * n * k + (size + 16) * rows * k + (3 * size + 32) * rows * n
+    if needed > (free := _free_memory()):
+        print(f"this shape needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free", file=sys.stderr)
+        return 2
 
     models = {}
     for kind in (Model, ModelNew):
@@ -1093,7 +1256,7 @@ def main(argv=None):
             }
         )
     if why_not:
-        print(f"Model, torch.compile: not timed, {why_not}")
+        print(f"Model, torch.compile: not timed, because {why_not}")
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump(results, file, indent=1)
@@ -1101,4 +1264,9 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with _Caught(BrokenPipeError) as reader_gone:  # as with `| head`
+        status = main()
+        sys.stdout.flush()
+    if reader_gone.error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
+    sys.exit(1 if reader_gone.error else status)

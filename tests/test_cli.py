@@ -21,11 +21,15 @@ def without_compile(monkeypatch):
 
 
 def test_as_a_command(tmp_path):
-    """The whole program in a process of its own, started from another folder, torch.compile included."""
+    """The whole program in a process of its own, started from another folder, torch.compile included. On a machine
+    without a Hopper GPU it says what such a GPU is for, and PyTorch does not speak of a CUDA toolkit.
+    """
     command = [sys.executable, model_new.__file__, *SMALL, "--json", "results.json"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("\nok ") == 3 and "FAIL" not in result.stdout
+    assert ("capability 9.0" in result.stdout) == ("(sm_90a)" not in result.stdout)
+    assert "CUDA_HOME" not in result.stderr
     names = [entry["name"] for entry in json.loads((tmp_path / "results.json").read_text())]
     assert names == ["Model, eager", "Model, torch.compile", "ModelNew"]
     for name in names:
@@ -47,7 +51,7 @@ def test_each_dtype(dtype, without_compile, capsys, tmp_path):
         assert entry["gpu"] == (torch.cuda.get_device_name() if torch.cuda.is_available() else None)
     assert results[1]["speedup"] == pytest.approx(results[0]["ms"] / results[1]["ms"])
     printed = capsys.readouterr().out
-    assert f"{dtype}," in printed and "torch.compile: not timed, left out here" in printed
+    assert f"{dtype}," in printed and "torch.compile: not timed, because left out here" in printed
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
@@ -62,7 +66,16 @@ def test_help(capsys):
         main(["--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    for option in ("--shape M,K,N", "--dtype", "--precision", "--json FILE", "--export FILE", "1024,8192,8192"):
+    options = (
+        "--shape M,K,N",
+        "--dtype",
+        "--precision",
+        "--json FILE",
+        "--export FILE",
+        "--build ARCH",
+        "1024,8192,8192",
+    )
+    for option in options:
         assert option in printed
 
 
@@ -70,6 +83,8 @@ def test_help(capsys):
     "arguments",
     [
         *(["--shape", shape] for shape in ("1,2", "1,2,3,4", "0,1,1", "00,1,1", "1,-2,3", "a,b,c", "1.5,2,3", "")),
+        *(["--build", archs] for archs in ("", "hopper", "90,", "9.0")),
+        *([option, path] for option in ("--json", "--export") for path in ("", ".", "no folder/file")),
         ["--dtype", "int8"],
         ["--precision", "low"],
         ["--json"],
@@ -106,6 +121,56 @@ def test_other_weights_are_noticed(without_compile, monkeypatch, capsys):
     monkeypatch.setattr(model_new.ModelNew, "__init__", init)
     assert main(SMALL) == 1
     assert "FAIL ModelNew and Model draw the same weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--json", "--export"])
+@pytest.mark.parametrize("name", ["model_new.py", "kernels.cu"])
+def test_the_sources_are_not_overwritten(name, option, monkeypatch, tmp_path, capsys):
+    """Nor through a link. (A copy stands for them, should they be overwritten after all.)"""
+    source = tmp_path / name
+    source.write_text("the source")
+    monkeypatch.setattr(model_new, "__file__", str(tmp_path / "model_new.py"))
+    (tmp_path / "link").symlink_to(source)
+    with pytest.raises(SystemExit) as stop:
+        main([*SMALL, option, str(tmp_path / "link")])
+    assert stop.value.code == 2 and str(tmp_path / "link") in capsys.readouterr().err
+    assert source.read_text() == "the source"
+
+
+@pytest.mark.parametrize("shape", ["1000000,1000000,1", "1,1000000,1000000", f"1,{10**20},1"])
+def test_a_shape_that_does_not_fit_in_memory_is_no_failed_check(shape, capsys):
+    assert main(["--shape", shape]) == 2
+    assert "GB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("when", ["torch.compile", "its first call"])
+def test_torch_compile_may_fail(when, monkeypatch, capsys):
+    """As without the headers of Python."""
+
+    def fail(*_):
+        raise ImportError("C++ compile error\n\ng++ -Wall x.cpp\nx.cpp:5:10: fatal error: Python.h is missing\nNote: x")
+
+    monkeypatch.setattr(torch, "compile", fail if when == "torch.compile" else lambda model: fail)
+    assert main(SMALL) == 0
+    printed = capsys.readouterr().out
+    assert "torch.compile: not timed, because ImportError: x.cpp:5:10: fatal error: Python.h is missing\n" in printed
+    assert printed.count("\nok ") == 3 and "\nModelNew " in printed
+
+
+def test_a_reader_may_go_early():
+    """As `head -1` does."""
+    command = [sys.executable, "-u", model_new.__file__, *SMALL]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read() and process.wait(timeout=60) == 1
+
+
+def test_build_compiles_for_each_architecture_and_stops(monkeypatch, capsys):
+    """For that which such a GPU has: sm_90a for 90."""
+    monkeypatch.setattr(model_new, "build", lambda archs: f"the library for {archs}")
+    assert main(["--build", "80,90,120a"]) == 0
+    assert capsys.readouterr().out == "".join(f"the library for ['{arch}']\n" for arch in ("80", "90a", "120a"))
 
 
 def test_export_writes_a_file_and_stops(tmp_path, capsys):
