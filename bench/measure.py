@@ -23,7 +23,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import model_new
-from bench import rivals
+from bench import bindings, rivals
 from bench.data import data_sets, everyday_sets, kinds
 from bench.records import conditions_row, described_conditions, row, sampled_conditions, save, spread
 from bench.rivals import BARE_GEMMS, JAX_BLOCK, SCALE, YARDSTICK, JaxLayer, bare_gemm, pytorch_layers
@@ -362,7 +362,7 @@ def epilogue_section(arguments):
     big_rows = 2**31 // (4 * n)
     z, big = torch.randn(rows, n, device=DEVICE), torch.randn(big_rows, n, device=DEVICE)
     out, big_out, grad = torch.empty_like(z), torch.empty_like(big), torch.randn_like(z)
-    forward = rivals.epilogue_forward
+    forward, backward = bindings.epilogue, getattr(torch.ops, model_new._namespace).backward_z
     small_copy, big_copy = f"copy, {z.nbytes / 1e6:.1f} MB", f"copy, {big.nbytes / 1e9:.2f} GB"
     functions = {  # name: (bytes read and written, function)
         big_copy: (2 * big.nbytes, lambda: big_out.copy_(big)),
@@ -370,7 +370,7 @@ def epilogue_section(arguments):
         small_copy: (2 * z.nbytes, lambda: out.copy_(z)),
         "forward, in place": (2 * z.nbytes, lambda: forward(z, z, SCALE)),
         "forward, keeping z": (2 * z.nbytes, lambda: forward(z, out, SCALE)),
-        "backward (dz, bias gradient)": (3 * z.nbytes, lambda: rivals.epilogue_backward(grad, z, SCALE)),
+        "backward (dz, bias gradient)": (3 * z.nbytes, lambda: backward(grad, z, SCALE)),
     }
     times = timed({name: function for name, (_, function) in functions.items()}, arguments.repeats)
     rates = {name: functions[name][0] / ms / 1e6 for name, (ms, _, _) in times.items()}

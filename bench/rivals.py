@@ -14,15 +14,9 @@ except ImportError:
     sys.exit("the benchmark needs triton, a rival in it; PyTorch's CUDA builds for Linux bring it")
 
 import model_new
+from bench.bindings import library_layer
 
 SCALE = model_new.scaling_factor
-
-# ---------------------------------------------------------------- kernels.cu's epilogue, by itself
-
-# The only calls of the benchmark that do not go through the operator.
-library_and_epilogue = model_new._library_cuda  # whatever kernel is selected: (x, weight, bias, scale)
-epilogue_forward = model_new._epilogue_cuda  # (z, out, scale); out may be z
-epilogue_backward = torch.ops.linear_sigmoid_residual.backward_z  # (grad, z, scale)
 
 # ---------------------------------------------------------------- PyTorch and cuBLAS
 
@@ -49,7 +43,7 @@ def pytorch_layers(eager, x):
         "eager": lambda: eager(x),
         "torch.compile": lambda: compiled(x),
         "torch.compile, max-autotune": lambda: autotuned(x),
-        "library + epilogue": lambda: library_and_epilogue(x, weight, bias, SCALE),
+        "library + epilogue": lambda: library_layer(x, weight, bias, SCALE),
     }
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import model_new
+from bench import bindings
 
 is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 needs_hopper = pytest.mark.skipif(not is_hopper, reason="needs a GPU of compute capability 9.0")
@@ -51,5 +52,5 @@ def by_tile(tile, x, weight, bias, scale=2.0, with_z=False):
     Tests reach a tile only through this function. x, weight and bias of any layout: rows are prepared as for a call.
     RuntimeError for a tile that there is not.
     """
-    out, z = model_new._hopper_cuda(tile, x, weight, bias, scale, with_z=with_z)
+    out, z = bindings.fused(tile, x, weight, bias, scale, with_z)
     return (out, z) if with_z else out
