@@ -2666,7 +2666,7 @@ static Choice select_kernel(int dtype, bool allows_tf32, bool is_hopper, int64_t
   const bool is_float32 = dtype == 0, is_16_bit = dtype == 1 || dtype == 2;
   const bool can_serve = is_hopper && (is_float32 || is_16_bit) && w_stride == 1 && m > 0 && n > 0 && k > 0;
   if (!can_serve) return {Kernel::kLibrary, 0, 0};
-  if (forced.rows > 0) return forced;
+  if (forced.rows > 0) return {forced.kernel, forced.rows, int(std::min<int64_t>(forced.splits, parts(k, 64)))};
   const auto precision = is_16_bit ? Precision::k16Bit : allows_tf32 ? Precision::kTF32 : Precision::kFloat32;
   return select_tile({m, n, k, precision, transposed_w});
 }
@@ -2750,10 +2750,12 @@ void launch(const char* name, int (*function)(Parameters...), c10::Device device
   TORCH_CHECK(error == 0, name, " failed: CUDA error ", error, ", ", error_string(error));
 }
 
+std::string name_of(at::ScalarType dtype) { return std::string("torch.").append(c10::getDtypeNames(dtype).first); }
+
 std::string describe(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   std::ostringstream text;
   const auto add = [&](const char* name, const Tensor& t) {
-    text << name << ' ' << t.sizes() << ' ' << t.scalar_type() << " on " << t.device();
+    text << name << ' ' << t.sizes() << ' ' << name_of(t.scalar_type()) << " on " << t.device();
   };
   add("x", x), add(", weight", weight);
   if (bias) add(", bias", *bias);
@@ -2773,7 +2775,7 @@ void check(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
                   "mat1 and mat2 must have the same dtype");
   CHECK_ARGUMENTS(x.device() == weight.device() && (!bias || bias->device() == x.device()),
                   "Expected all tensors to be on the same device");
-  CHECK_ARGUMENTS(dtype_of(x) >= 0, "not implemented for ", x.scalar_type(),
+  CHECK_ARGUMENTS(dtype_of(x) >= 0, "not implemented for ", name_of(x.scalar_type()),
                   ": expected float32, float16, bfloat16 or float64");
 #undef CHECK_ARGUMENTS
 }
@@ -2868,7 +2870,7 @@ std::tuple<Tensor, Tensor> backward_z_cuda(const Tensor& grad_, const Tensor& z_
   TORCH_CHECK(
       grad_.sizes() == z_.sizes() && grad_.scalar_type() == z_.scalar_type() && dtype_of(z_) >= 0 && z_.dim() > 0,
       "backward_z: expected grad and z [..., N] of one floating-point dtype, got grad ", grad_.sizes(), " ",
-      grad_.scalar_type(), " and z ", z_.sizes(), " ", z_.scalar_type());
+      name_of(grad_.scalar_type()), " and z ", z_.sizes(), " ", name_of(z_.scalar_type()));
   const Tensor grad = grad_.contiguous(), z = z_.contiguous(), dz = at::empty_like(z);
   const int64_t cols = z.size(-1), rows = cols > 0 ? z.numel() / cols : 0;
   if (rows == 0) return {dz, at::zeros({cols}, z.options())};
