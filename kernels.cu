@@ -199,15 +199,16 @@ __global__ void __launch_bounds__(32 * kBackwardWarps)
   }
 }
 
-// column_sums[c] = sum over strips of partial_sums[strip, c]
+// column_sums[c] = sum over strips of partial_sums[strip, c]. In double: the strips' sums are what is added one after the
+// other, and the only roundings left are those inside of strips, which are independent and average out.
 template <typename T>
 __global__ void reduce_columns_kernel(const compute_t<T>* __restrict__ partial_sums, T* __restrict__ column_sums,
                                       int64_t strips, int64_t cols) {
   const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (c >= cols) return;
-  compute_t<T> total = 0;
+  double total = 0;
   for (int64_t s = 0; s < strips; ++s) total += partial_sums[s * cols + c];
-  column_sums[c] = from_compute<T>(total);
+  column_sums[c] = from_compute<T>(compute_t<T>(total));
 }
 
 template <typename T, int kWidth>
@@ -375,8 +376,9 @@ template <int kPending> __device__ __forceinline__ void wgmma_wait_group() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// wgmma: d [64, kN] (+)= a [64, 16] * b [16, kN], float32 sums. b, and a where it is not in registers, lie in shared
-// memory, K-major, and are given by their descriptors; `accumulate` 0 overwrites d. T: __half or __nv_bfloat16.
+// wgmma: d [64, kN] (+)= a [64, k] * b [k, kN], float32 sums. b, and a where it is not in registers, lie in shared
+// memory, K-major, and are given by their descriptors; `accumulate` 0 overwrites d. T: __half or __nv_bfloat16, k 16;
+// or float, whose upper 19 bits are multiplied as TF32, k 8.
 template <int kN> struct Wgmma;
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define D8(i) D4(i), D4(i + 4)
@@ -397,13 +399,13 @@ template <int kN> struct Wgmma;
   "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, " \
   "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, "   \
   "%121, %122, %123, %124, %125, %126, %127"
-// kRegisters: of d, which are the first operands; i0 to i5: the numbers of those that follow. types: of a and b.
-#define WGMMA_FROM_SHARED(kN, kRegisters, types, i0, i1, i2)                                                          \
-  asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #i2                                                             \
-               ", 0;\n"                                                                                               \
-               " wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." types " {" NAMES##kRegisters "}, %" #i0 ", %" #i1  \
-                                                                                                ", p, 1, 1, 0, 0;\n}" \
-               : D##kRegisters(0)                                                                                     \
+// kRegisters: of d, which are the first operands; i0 to i5: the numbers of those that follow. shape: k and the types.
+#define WGMMA_FROM_SHARED(kN, kRegisters, shape, flags, i0, i1, i2)                                           \
+  asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #i2                                                     \
+               ", 0;\n"                                                                                       \
+               " wgmma.mma_async.sync.aligned.m64n" #kN shape " {" NAMES##kRegisters "}, %" #i0 ", %" #i1     \
+                                                                                     ", p, 1, 1" flags ";\n}" \
+               : D##kRegisters(0)                                                                             \
                : "l"(a), "l"(b), "r"(accumulate))
 #define DEFINE_WGMMA(kN, kRegisters, i0, i1, i2, i3, i4, i5)                                                   \
   template <> struct Wgmma<kN> {                                                                               \
@@ -418,9 +420,11 @@ template <int kN> struct Wgmma;
     template <typename T>                                                                                      \
     static __device__ __forceinline__ void multiply(float* d, uint64_t a, uint64_t b, int accumulate) {        \
       if constexpr (std::is_same_v<T, __half>)                                                                 \
-        WGMMA_FROM_SHARED(kN, kRegisters, "f16.f16", i0, i1, i2);                                              \
+        WGMMA_FROM_SHARED(kN, kRegisters, "k16.f32.f16.f16", ", 0, 0", i0, i1, i2);                            \
+      else if constexpr (std::is_same_v<T, float>)                                                             \
+        WGMMA_FROM_SHARED(kN, kRegisters, "k8.f32.tf32.tf32", "", i0, i1, i2);                                 \
       else                                                                                                     \
-        WGMMA_FROM_SHARED(kN, kRegisters, "bf16.bf16", i0, i1, i2);                                            \
+        WGMMA_FROM_SHARED(kN, kRegisters, "k16.f32.bf16.bf16", ", 0, 0", i0, i1, i2);                          \
     }                                                                                                          \
   };
 DEFINE_WGMMA(16, 8, 8, 9, 10, 11, 12, 13)
@@ -547,7 +551,7 @@ __device__ __forceinline__ float scale_of(float largest) {
 __device__ __forceinline__ float inverse_of(float scale) {
   return __uint_as_float((254u << 23) - __float_as_uint(scale));
 }
-[[maybe_unused]] constexpr float kCorrection = 1 + 0x1p-23f;  // see "How sums stay accurate"
+[[maybe_unused]] constexpr float kCorrection = 1 + 0x1p-23f;    // see "How sums stay accurate"
 [[maybe_unused]] constexpr float kSmallestInverse = 0x1p-126f;  // of zeros and of numbers so small that none loses bits
 
 // Two scaled numbers as hi and lo, packed as wgmma and shared memory want them: the first in the lower half.
@@ -866,13 +870,15 @@ template <Kernel kKernel_, typename Element_, int kRows_, bool kSplitK_, bool kT
   static constexpr bool kStoresBoxes = !kIsFloat && !kSplitK;
   static constexpr int kBoxRows = 64, kBoxBytes = kBoxRows * 64 * 2;
   static constexpr int kBoxesBytes = kStoresBoxes ? 2 * kConsumerWarpgroups * kBoxBytes : 0;
+  // For repair with one product: stages of float32 W and x.
+  static constexpr int kFloatStages = kIsFloat && kParts == 1 ? 4 : 0;
   // What is left is W's and x's, but for 1024 bytes: barriers, and alignment. Measured: fp16x1 wants four stages of
   // float32 W, fp16x3 two; x has what is left.
   static constexpr int kBytesForRings = kMaxShared - kSumBytes - kConvertedRingBytes - kBoxesBytes - 1024;
   static constexpr int kXStages = kSharesW ? std::min(12, (kBytesForRings - 4 / kParts * kWStageBytes) / kXStageBytes)
                                            : std::min(12, kBytesForRings / (kWStageBytes + kXStageBytes));
   static constexpr int kWStages = std::min(12, (kBytesForRings - kXStages * kXStageBytes) / kWStageBytes);
-  static constexpr int kBarrierBytes = (2 * (kWStages + kXStages + kConvertedStages) + 1) * 8;
+  static constexpr int kBarrierBytes = (2 * (kWStages + kXStages + kConvertedStages) + kFloatStages + 1 + 1) * 8;
   static constexpr int kSharedBytes =
       kWStages * kWStageBytes + kXStages * kXStageBytes + kConvertedRingBytes + kBoxesBytes + kSumBytes + kBarrierBytes;
   static_assert(kXStages >= 2 && kWStages >= 2 && kSharedBytes <= kMaxShared);
@@ -900,11 +906,11 @@ struct Arguments {
   bool can_store_boxes;  // rows of out and z begin at multiples of 16 bytes
 };
 
-// The tensor maps of out and z where they are stored as boxes. z: zeros where it is not wanted.
-template <bool kStoresBoxes> struct StoreMaps {
-  CUtensorMap out, z;
+struct TensorMaps {
+  CUtensorMap w, x, x_lo;        // as they are multiplied or converted; x_lo where there are two parts
+  CUtensorMap out, z;            // of 16 bits, where they are stored as boxes
+  CUtensorMap float_w, float_x;  // float32 as it comes, for repair with one product
 };
-template <> struct StoreMaps<false> {};
 
 // ---- The order of tiles
 
@@ -978,7 +984,10 @@ template <typename T> struct SharedLayout {
   static constexpr int kConvertedFull = kXEmpty + 8 * T::kXStages;
   static constexpr int kConvertedEmpty = kConvertedFull + 8 * T::kConvertedStages;
   static constexpr int kSumsFull = kConvertedEmpty + 8 * T::kConvertedStages;
-  static_assert(kSumsFull + 8 == T::kSharedBytes);
+  static constexpr int kFloatFull = kSumsFull + 8;
+  static constexpr int kNotFinite =
+      kFloatFull + 8 * T::kFloatStages;  // float32: whether a consumer has met a product that is not finite
+  static_assert(kNotFinite + 8 == T::kSharedBytes);
 
   using WRing = Ring<T::kWStages, T::kWStageBytes, kW, kWFull, kWEmpty>;
   using XRing = Ring<T::kXStages, T::kXStageBytes, kX, kXFull, kXEmpty>;
@@ -1256,7 +1265,8 @@ template <typename T> struct Consumer {
 
   const Block<T>& block;
   const Arguments& args;
-  const StoreMaps<T::kStoresBoxes>& store_maps;
+  const TensorMaps& maps;
+  const uint32_t shared;
   int warp, warpgroup, lane;  // warp: among the consumers'
   WRing w_ring;
   XRing x_ring;
@@ -1264,24 +1274,22 @@ template <typename T> struct Consumer {
   float total[T::kRows / 2];
   float largest_inverse[2];  // of row r's and row r + 8's scales of W
   float limit[2];            // see "Lost sums"
-  // Whether this thread has met a product that is not finite: a bit for each of the first 31 tiles, and one for the
-  // rest.
-  uint32_t not_finite = 0;
-  int tile = 0;
-  int m0, n0;  // the tile
+  int m0, n0;                // the tile
   // Of its epilogue. r, q: lane / 4 and lane % 4, found there so that they take no registers in the main loop.
   int r, q;
   float bias[2];
 
-  __device__ __forceinline__ Consumer(const Block<T>& block_, const StoreMaps<T::kStoresBoxes>& store_maps_)
+  __device__ __forceinline__ Consumer(const Block<T>& block_, const TensorMaps& maps_)
       : block(block_),
         args(block_.args),
-        store_maps(store_maps_),
+        maps(maps_),
+        // Through a shuffle, or the main loops find it anew in every block of k before they can wait for the next.
+        shared(__shfl_sync(~0u, block_.shared, 0)),
         warp(warp_index() - T::kFirstConsumerWarp),
         warpgroup(warp / 4),
         lane(block_.lane),
-        w_ring{block_.shared},
-        x_ring{block_.shared} {}
+        w_ring{shared},
+        x_ring{shared} {}
 
   // W's row, in the tile, that is the fragment's row r; row r + 8 is kColumnStep further. From registers: 0 4 1 5 2 6 3
   // 7 of eight, so that the eight lanes that load 16 bytes together touch all banks under the swizzle, where rows r and
@@ -1326,6 +1334,7 @@ template <typename T> struct Consumer {
   template <int kGroups>
   __device__ __forceinline__ void store_float(Element* to, bool is_z, int m, const float* sums, float2 first_inverses,
                                               float& check) const;
+  __device__ __forceinline__ void note_not_finite(float check) const;
   template <int kGroups>
   __device__ __forceinline__ void store_pairs(Element* to, bool is_z, int m, const float* sums) const;
   __device__ __forceinline__ void store_boxes(const CUtensorMap* map, bool is_z, const float* sums) const;
@@ -1359,7 +1368,7 @@ __device__ __forceinline__ void Consumer<T>::add_partial(float* to, const float*
 
 // The inverses of the scales of a stage of converted W.
 template <typename T> __device__ __forceinline__ void Consumer<T>::load_inverses(float (&inverse)[2]) {
-  const uint32_t from = block.shared + Shared::kInverses + w_ring.stage * T::kInverseBytes + row_of(lane / 4) * 4;
+  const uint32_t from = shared + Shared::kInverses + w_ring.stage * T::kInverseBytes + row_of(lane / 4) * 4;
   inverse[0] = ld_shared(from), inverse[1] = ld_shared(from + T::kColumnStep * 4);
 }
 
@@ -1393,22 +1402,22 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::give_turn() {
 // Adds a panel's products with a block of W to sums, both operands from shared memory. w: W's descriptor.
 template <typename T>
 __device__ __forceinline__ void Consumer<T>::multiply_panel(float* sums, uint32_t w, bool is_first) {
-  using Multiplied = typename T::Multiplied;
-  using Product = Wgmma<T::kPanelRows>;
+  auto multiply_step = [&](uint32_t a, uint32_t b, bool adds) {
+    Wgmma<T::kPanelRows>::template multiply<typename T::Multiplied>(sums, kDescriptorUpper | a, kDescriptorUpper | b,
+                                                                    adds);
+  };
   x_ring.wait_full();
   const uint32_t x = matrix_descriptor(x_ring.address());
   await_turn();
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < 4 && T::kParts == 2; ++step) {  // 16 k are 32 bytes, which is 2 in a descriptor
-    const uint64_t a = kDescriptorUpper | (w + 2 * step), b = kDescriptorUpper | (x + 2 * step);
-    Product::template multiply<Multiplied>(sums, a + T::kConvertedPartBytes / 16, b, !is_first || step > 0);
-    Product::template multiply<Multiplied>(sums, a, b + T::kXPartBytes / 16, 1);
+    multiply_step(w + T::kConvertedPartBytes / 16 + 2 * step, x + 2 * step, !is_first || step > 0);
+    multiply_step(w + 2 * step, x + T::kXPartBytes / 16 + 2 * step, true);
   }
 #pragma unroll
   for (int step = 0; step < 4; ++step)
-    Product::template multiply<Multiplied>(sums, kDescriptorUpper | (w + 2 * step), kDescriptorUpper | (x + 2 * step),
-                                           T::kParts == 2 || !is_first || step > 0);
+    multiply_step(w + 2 * step, x + 2 * step, T::kParts == 2 || !is_first || step > 0);
   wgmma_commit_group();
   give_turn();
 }
@@ -1430,8 +1439,7 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::multiply_conv
       multiply_panel(partial, w, true);
       wgmma_wait_group<0>();
       release_x(x_ring);
-      add_partial(total + panel * (T::kPanelRows / 2), partial,
-                  {inverse[0] * kCorrection, inverse[1] * kCorrection});
+      add_partial(total + panel * (T::kPanelRows / 2), partial, {inverse[0] * kCorrection, inverse[1] * kCorrection});
     }
     release_w(w_ring, zero_after(inverse[0]) + zero_after(inverse[1]));
   }
@@ -1599,19 +1607,18 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::multiply() {
 // defined where a cluster has one block.
 
 template <typename T> __device__ __forceinline__ uint32_t Consumer<T>::sums_address(int from, int to) const {
-  return block.shared + Shared::kSums + (from - (from > to)) * block.part.groups_per_block * kGroupBytes +
+  return shared + Shared::kSums + (from - (from > to)) * block.part.groups_per_block * kGroupBytes +
          16 * (threadIdx.x - (T::kThreads - kConsumerThreads));
 }
 template <typename T> __device__ __forceinline__ uint32_t Consumer<T>::inverses_address(int from, int to) const {
-  return block.shared + Shared::kSums + T::kSentGroupBytes + (from - (from > to)) * T::kSentInverseBytes +
-         (warp * 8 + r) * 8;
+  return shared + Shared::kSums + T::kSentGroupBytes + (from - (from > to)) * T::kSentInverseBytes + (warp * 8 + r) * 8;
 }
 
 // kBlocks: the cluster's, known to the compiler so that few instructions are left.
 template <typename T> template <int kBlocks> __device__ __forceinline__ void Consumer<T>::send_sums() {
   constexpr int kShare = (T::kGroups + kBlocks - 1) / kBlocks;
   static_assert(T::kGroups * kGroupBytes <= T::kWStages * T::kWStageBytes);
-  const uint32_t own = block.shared + Shared::kW + 16 * (threadIdx.x - (T::kThreads - kConsumerThreads));
+  const uint32_t own = shared + Shared::kW + 16 * (threadIdx.x - (T::kThreads - kConsumerThreads));
 #pragma unroll
   for (int owner = 0; owner * kShare < T::kGroups; ++owner) {
     const float* its = total + owner * kShare * 4;
@@ -1621,7 +1628,7 @@ template <typename T> template <int kBlocks> __device__ __forceinline__ void Con
       for (int group = 0; group < groups; ++group) st_shared_v4(own + group * kGroupBytes, its + 4 * group);
     } else {
       const uint32_t to = mapa(sums_address(block.rank, owner), owner),
-                     barrier = mapa(block.shared + Shared::kSumsFull, owner);
+                     barrier = mapa(shared + Shared::kSumsFull, owner);
 #pragma unroll
       for (int group = 0; group < groups; ++group) st_async_v4(to + group * kGroupBytes, its + 4 * group, barrier);
       if (T::kIsFloat && q == 0)
@@ -1644,7 +1651,7 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::finish_shared
   if (blocks == 3) send_sums<3>();
   if (blocks == 4) send_sums<4>();
   if (first < last) {
-    mbarrier_wait_cluster(block.shared + Shared::kSumsFull, 0);
+    mbarrier_wait_cluster(shared + Shared::kSumsFull, 0);
 #pragma unroll 1
     for (int other = 0; T::kIsFloat && other < blocks; ++other) {
       if (other == rank) continue;
@@ -1653,7 +1660,7 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::finish_shared
     }
   }
   find_limits();
-  const uint32_t own = block.shared + Shared::kW + 16 * (threadIdx.x - (T::kThreads - kConsumerThreads));
+  const uint32_t own = shared + Shared::kW + 16 * (threadIdx.x - (T::kThreads - kConsumerThreads));
   uint32_t parts[kMaxSplits];  // of this block's first group
 #pragma unroll
   for (int other = 0; other < kMaxSplits; ++other) parts[other] = other == rank ? own : sums_address(other, rank);
@@ -1672,7 +1679,7 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::finish_shared
     }
     finish<1>(m0 + group * 8 + 2 * q, sums, inverses, check);
   }
-  not_finite |= check != 0;
+  note_not_finite(check);
 }
 
 // ---- Lost sums (float32)
@@ -1763,13 +1770,20 @@ __device__ __forceinline__ void Consumer<T>::mark_lost(int m, float* sums) const
 // and signs: where that is not finite it is what a float32 sum would be.
 
 template <typename T> struct RepairLayout {
-  static constexpr int kRows = std::min(64, T::kPanelRows);  // at once, as many as registers allow
-  static constexpr int kSums = kRows / 2;                    // of a thread
-  static constexpr int kParts = T::kParts + 1;
+  static constexpr bool kIsTf32 = T::kParts == 1;
+  // Rows at once: all of a tile's as TF32, of three parts as many as registers allow.
+  static constexpr int kRows = kIsTf32 ? T::kRows : std::min(64, T::kPanelRows), kSums = kRows / 2;
+  static constexpr int kLostWords = (kSums + 31) / 32;  // a thread's, of a bit for each of its sums
+  static constexpr int kSumBytes = kSums * 4 * kConsumerThreads;
   static constexpr int kWPartBytes = kTileN * 128, kXPartBytes = kRows * 128;
-  static constexpr int kBufferBytes = kParts * (kWPartBytes + kXPartBytes);
-  static_assert(!T::kIsFloat || 2 * kBufferBytes <= SharedLayout<T>::kWFull, "the barriers lie behind");
+  static constexpr int kBufferBytes = 3 * (kWPartBytes + kXPartBytes);
+  static constexpr int kStageK = 32, kStageBytes = kWPartBytes + kXPartBytes;  // of float32
   static constexpr int kFewLost = 32;  // a warp's: about as long by dot products as the whole panel on the tensor cores
+  using Shared = SharedLayout<T>;
+  using FloatRing = Ring<std::max(1, T::kFloatStages), kStageBytes, 0, Shared::kFloatFull, Shared::kFloatFull>;
+  static_assert(!T::kIsFloat || (kIsTf32 ? T::kFloatStages * kStageBytes : 2 * kBufferBytes) <= Shared::kWFull &&
+                                    kSumBytes <= Shared::kWFull,
+                "the barriers lie behind");
 };
 
 // Two numbers' upper halves, which are bf16 numbers cut off after 8 bits, and what they leave.
@@ -1795,18 +1809,22 @@ template <typename T> struct Repair {
 
   const Block<T> block;
   const Arguments& args;
+  const TensorMaps& maps;
   const unsigned thread;
   const int warp, warpgroup, r, q;  // among the consumers'
+  typename Layout::FloatRing ring;
   float total[Layout::kSums];
 
-  __device__ __forceinline__ Repair(const Arguments& args_, const uint8_t* shared_memory)
+  __device__ __forceinline__ Repair(const Arguments& args_, const TensorMaps& maps_, const uint8_t* shared_memory)
       : block(args_, shared_memory),
         args(args_),
+        maps(maps_),
         thread(threadIdx.x - (T::kThreads - kConsumerThreads)),
         warp(warp_index() - T::kFirstConsumerWarp),
         warpgroup(warp / 4),
         r(block.lane / 4),
-        q(block.lane % 4) {}
+        q(block.lane % 4),
+        ring{block.shared} {}
 
   // Whether it is true in any of the consumers' threads, all of which must ask.
   static __device__ __forceinline__ bool any(bool of_this_thread) {
@@ -1824,48 +1842,69 @@ template <typename T> struct Repair {
     auto or_zero = [&](int k_) { return k_ < args.k ? w[k_ * args.w_stride + n] : 0; };
     return {or_zero(k), or_zero(k + 1), or_zero(k + 2), or_zero(k + 3)};
   }
-  template <int kParts> __device__ __forceinline__ void multiply(int m_first, int n_tile);
-  __device__ __forceinline__ void tiles(uint32_t not_finite);
+  template <int kParts> __device__ __forceinline__ void multiply_parts(int m_first, int n_tile);
+  __device__ __forceinline__ void multiply_tf32(int m_first, int n_tile);
+  __device__ __forceinline__ void tiles();
   __device__ __forceinline__ void tile(int m_tile, int n_tile);
 };
 
 // total = x * W^T for kRows rows of x from m_first on and the tile's columns, in the order of store_repaired.
 template <typename T>
 template <int kParts>
-__device__ __forceinline__ void Repair<T>::multiply(int m_first, int n_tile) {
+__device__ __forceinline__ void Repair<T>::multiply_parts(int m_first, int n_tile) {
   float partial[Layout::kSums];  // of a block of k
-  // A thread's part of a block of W or of x: four k of every 16th row, or of a transposed W every other four k of a
-  // row.
-  float4 w[kTileN / 16], x[Layout::kRows / 16];
-  auto for_each_four = [&](auto& fours, bool by_rows, auto body) {
-    unsigned row = by_rows ? thread % kTileN : thread / 16, four = by_rows ? thread / kTileN : thread % 16;
-    // Or the compiler keeps what follows from them for the next block, in registers that it lacks.
-    asm volatile("" : "+r"(row), "+r"(four));
+  // A thread's part of a block: four k of every 16th row, or of a transposed W every other four k of a row. Rows
+  // outside are not used, but must be read from somewhere.
+  constexpr int kWFours = kTileN / 16, kXFours = Layout::kRows / 16;
+  const unsigned row = thread / 16, four = thread % 16, row_t = thread % kTileN, four_t = thread / kTileN;
+  float4 w[kWFours], x[kXFours];
+  const float *w_next[T::kTransposedW ? 1 : kWFours], *x_next[kXFours];
+  const float* entries = static_cast<const float*>(args.w);
+  if (T::kTransposedW) w_next[0] = entries + 4 * four_t * args.w_stride + min(n_tile + int(row_t), args.n - 1);
 #pragma unroll
-    for (int i = 0; i < int(sizeof(fours) / sizeof(float4)); ++i)
-      body(fours[i], by_rows ? row : row + 16 * i, by_rows ? four + 2 * i : four);
+  for (int i = 0; i < kWFours && !T::kTransposedW; ++i)
+    w_next[i] = entries + min(n_tile + int(row) + 16 * i, args.n - 1) * args.w_stride + 4 * four;
+#pragma unroll
+  for (int i = 0; i < kXFours; ++i)
+    x_next[i] =
+        static_cast<const float*>(args.x) + min(m_first + int(row) + 16 * i, args.m - 1) * args.x_stride + 4 * four;
+  auto load = [&](int k0) {
+    const bool is_inside = k0 + int(4 * four) < args.k;
+#pragma unroll
+    for (int i = 0; i < kWFours; ++i) {
+      if constexpr (T::kTransposedW) {
+        const int left = args.k - k0 - 4 * int(four_t);
+        auto entry = [&](int k) { return k < left ? w_next[0][k * args.w_stride] : 0; };
+        w[i] = {entry(8 * i), entry(8 * i + 1), entry(8 * i + 2), entry(8 * i + 3)};
+      } else {
+        w[i] = is_inside ? *reinterpret_cast<const float4*>(w_next[i]) : float4{};
+        w_next[i] += kTileK;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kXFours; ++i) {
+      x[i] = is_inside ? *reinterpret_cast<const float4*>(x_next[i]) : float4{};
+      x_next[i] += kTileK;
+    }
+    if (T::kTransposedW) w_next[0] += kTileK * args.w_stride;
   };
-  auto load_w4 = [&](float4& v, unsigned row, unsigned four, int k0) { v = load_w(n_tile + row, k0 + 4 * four); };
-  auto load_x4 = [&](float4& v, unsigned row, unsigned four, int k0) { v = load_x(m_first + row, k0 + 4 * four); };
   // Splits four numbers and stores their parts, under the swizzle.
-  auto store_parts = [&](float4 v, unsigned row, unsigned four, uint32_t to, int part_bytes) {
-    const uint32_t address = to + row * 128 + (four / 2 ^ row % 8) * 16 + four % 2 * 8;
+  auto store_parts = [&](float4 v, unsigned row_, unsigned four_, uint32_t to, int part_bytes) {
+    const uint32_t address = to + row_ * 128 + (four_ / 2 ^ row_ % 8) * 16 + four_ % 2 * 8;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       const uint32_t first = take_bf16(v.x, v.y), second = take_bf16(v.z, v.w);
       st_shared_v2(address + part * part_bytes, first, second);
     }
   };
-  // Stores a block, and loads the next into the same registers.
-  auto stage = [&](uint32_t buffer, int k_next) {
-    for_each_four(w, T::kTransposedW, [&](float4& v, unsigned row, unsigned four) {
-      store_parts(v, row, four, buffer, Layout::kWPartBytes);
-      load_w4(v, row, four, k_next);
-    });
-    for_each_four(x, false, [&](float4& v, unsigned row, unsigned four) {
-      store_parts(v, row, four, buffer + kParts * Layout::kWPartBytes, Layout::kXPartBytes);
-      load_x4(v, row, four, k_next);
-    });
+  auto store = [&](uint32_t buffer) {
+#pragma unroll
+    for (int i = 0; i < kWFours; ++i)
+      store_parts(w[i], T::kTransposedW ? row_t : row + 16 * i, T::kTransposedW ? four_t + 2 * i : four, buffer,
+                  Layout::kWPartBytes);
+#pragma unroll
+    for (int i = 0; i < kXFours; ++i)
+      store_parts(x[i], row + 16 * i, four, buffer + kParts * Layout::kWPartBytes, Layout::kXPartBytes);
   };
   auto add_partial = [&] {
 #pragma unroll
@@ -1874,7 +1913,7 @@ __device__ __forceinline__ void Repair<T>::multiply(int m_first, int n_tile) {
   auto multiply_block = [&](uint32_t buffer) {
     const uint32_t w = matrix_descriptor(buffer + warpgroup * (64 * 128));
     const uint32_t x = matrix_descriptor(buffer + kParts * Layout::kWPartBytes);
-    bool adds = !T::kPromotesEachBlock;
+    bool adds = false;
     wgmma_fence();
 #pragma unroll
     for (int order = kParts - 1; order >= 0; --order)  // the smallest first
@@ -1883,33 +1922,88 @@ __device__ __forceinline__ void Repair<T>::multiply(int m_first, int n_tile) {
 #pragma unroll
         for (int step = 0; step < 4; ++step, adds = true)
           Wgmma<Layout::kRows>::template multiply<__nv_bfloat16>(
-              T::kPromotesEachBlock ? partial : total,
-              kDescriptorUpper | (w + part * (Layout::kWPartBytes / 16) + 2 * step),
+              partial, kDescriptorUpper | (w + part * (Layout::kWPartBytes / 16) + 2 * step),
               kDescriptorUpper | (x + (order - part) * (Layout::kXPartBytes / 16) + 2 * step), adds);
     wgmma_commit_group();
   };
 
 #pragma unroll
   for (int i = 0; i < Layout::kSums; ++i) total[i] = 0;
-  for_each_four(w, T::kTransposedW, [&](float4& v, unsigned row, unsigned four) { load_w4(v, row, four, 0); });
-  for_each_four(x, false, [&](float4& v, unsigned row, unsigned four) { load_x4(v, row, four, 0); });
+  load(0);
 #pragma unroll 1
   for (int k0 = 0; k0 < args.k; k0 += kTileK) {
     const uint32_t buffer = block.shared + k0 / kTileK % 2 * Layout::kBufferBytes;
-    stage(buffer, k0 + kTileK);
+    store(buffer);
+    load(k0 + kTileK);
     fence_proxy_async_shared();
     wgmma_wait_group<0>();  // the block before, whose buffer is then free
-    if (T::kPromotesEachBlock && k0 > 0) add_partial();
+    if (k0 > 0) add_partial();
     bar_sync(kConsumersBarrier, kConsumerThreads);
     multiply_block(buffer);
   }
   wgmma_wait_group<0>();
-  if (T::kPromotesEachBlock) add_partial();
+  add_partial();
   bar_sync(kConsumersBarrier, kConsumerThreads);  // both buffers are free
+}
+
+// Rounds numbers to TF32; the tensor core would cut them off.
+__device__ __forceinline__ float round_to_tf32(float v) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(v));
+  return __uint_as_float(rounded);
+}
+
+// total = x * W^T for the tile's rows of x and columns, as TF32: TMA brings float32, all threads round a block in place
+// while the one before is multiplied, and the tensor cores add up all of K.
+template <typename T> __device__ __forceinline__ void Repair<T>::multiply_tf32(int m_first, int n_tile) {
+  const int k_blocks = (args.k + Layout::kStageK - 1) / Layout::kStageK;
+  auto next = ring;  // to be filled
+  auto fetch = [&](int k_block) {
+    if (thread == 0 && k_block < k_blocks) {
+      const uint32_t barrier = next.full_barrier(), to = next.address();
+      mbarrier_arrive_expect_tx(barrier, Layout::kStageBytes);
+      cp_async_bulk_tensor_2d(to, &maps.float_w, k_block * Layout::kStageK, n_tile, barrier, 1 << block.rank);
+      cp_async_bulk_tensor_2d(to + Layout::kWPartBytes, &maps.float_x, k_block * Layout::kStageK, m_first, barrier,
+                              1 << block.rank);
+    }
+    next.advance();
+  };
+  fence_proxy_async_shared();  // or what threads have stored here might come after what TMA brings
+  bar_sync(kConsumersBarrier, kConsumerThreads);
+  static_assert(T::kFloatStages == 4);
+  fetch(0), fetch(1);
+#pragma unroll 1
+  for (int k_block = 0; k_block < k_blocks; ++k_block, ring.advance()) {
+    ring.wait_full();
+#pragma unroll 4
+    for (int at = thread * 16; at < Layout::kStageBytes; at += kConsumerThreads * 16) {
+      const float4 v = ld_shared_v4(ring.address() + at);
+      const float rounded[4] = {round_to_tf32(v.x), round_to_tf32(v.y), round_to_tf32(v.z), round_to_tf32(v.w)};
+      st_shared_v4(ring.address() + at, rounded);
+    }
+    fence_proxy_async_shared();
+    bar_sync(kConsumersBarrier, kConsumerThreads);
+    fetch(k_block + 2);  // where the block before the last was, with which both warpgroups were done at this barrier
+    const uint32_t w = matrix_descriptor(ring.address() + warpgroup * (64 * 128));
+    const uint32_t x = matrix_descriptor(ring.address() + Layout::kWPartBytes);
+    wgmma_fence();
+#pragma unroll
+    for (int panel = 0; panel < T::kPanels; ++panel)
+#pragma unroll
+      for (int step = 0; step < 4; ++step)  // 8 k are 32 bytes
+        Wgmma<T::kPanelRows>::template multiply<float>(
+            total + panel * (T::kPanelRows / 2), kDescriptorUpper | (w + 2 * step),
+            kDescriptorUpper | (x + panel * (T::kPanelRows * 128 / 16) + 2 * step), k_block > 0 || step > 0);
+    wgmma_commit_group();
+    wgmma_wait_group<1>();
+  }
+  wgmma_wait_group<0>();
+  bar_sync(kConsumersBarrier, kConsumerThreads);
 }
 
 // Of a tile, what this block has of it.
 template <typename T> __device__ __forceinline__ void Repair<T>::tile(int m_tile, int n_tile) {
+  constexpr int kWords = Layout::kLostWords;
   float *out = static_cast<float*>(args.out), *z = static_cast<float*>(args.z);
   const int m_begin = T::kSplitK ? m_tile + block.part.first_group * 8 : m_tile;
   const int m_end = min(T::kSplitK ? m_tile + block.part.last_group * 8 : m_tile + T::kRows, args.m);
@@ -1921,59 +2015,79 @@ template <typename T> __device__ __forceinline__ void Repair<T>::tile(int m_tile
   };
 #pragma unroll 1
   for (int m_first = m_tile; m_first < m_end; m_first += Layout::kRows) {
-    // A thread's sums, as wgmma has them: number i is row m_of(i) and column n_of(i).
+    // A thread's sums, as wgmma has them.
     auto row_of_sum = [&](int i) { return m_first + i / 4 * 8 + 2 * q + i % 2; };
     auto column_of_sum = [&](int i) { return n_tile + warp * 16 + r + i / 2 % 2 * 8; };
-    uint32_t lost = 0;
+    uint32_t lost[kWords];  // a bit for each of them
+    int count = 0;
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) {
+      lost[word] = 0;
 #pragma unroll 4
-    for (int i = 0; i < Layout::kSums; ++i) {
-      const int m = row_of_sum(i), n = column_of_sum(i);
-      if (m >= m_begin && m < m_end && n < args.n && !(fabsf(out[int64_t(m) * args.n + n]) < INFINITY)) lost |= 1u << i;
+      for (int bit = 0; bit < Layout::kSums / kWords; ++bit) {
+        const int i = word * 32 + bit, m = row_of_sum(i), n = column_of_sum(i);
+        const bool is_inside = m >= m_begin && m < m_end && n < args.n;
+        if (is_inside && !(fabsf(out[int64_t(m) * args.n + n]) < INFINITY)) lost[word] |= 1u << bit;
+      }
+      count += __popc(lost[word]);
     }
-    // Stores the lost sums that `total` has finite, or those that it has not, and says whether some are left. Through
-    // shared memory, so that they can be indexed.
+    // Stores those of the lost sums that are finite in `total`, or those that are not, and says whether some are left.
+    // Through shared memory, so that they can be indexed.
     auto store_where = [&](bool is_finite) {
       const uint32_t mine = block.shared + 4 * thread;
+      bool is_left = false;
 #pragma unroll
       for (int i = 0; i < Layout::kSums; ++i) st_shared(mine + i * (4 * kConsumerThreads), total[i]);
-      for (uint32_t left = lost; left != 0; left &= left - 1) {
-        const int i = __ffs(left) - 1;
-        const float sum = ld_shared(mine + i * (4 * kConsumerThreads));
-        if ((fabsf(sum) < INFINITY) == is_finite) store(row_of_sum(i), column_of_sum(i), sum), lost ^= 1u << i;
+#pragma unroll
+      for (int word = 0; word < kWords; ++word) {
+#pragma unroll 1
+        for (uint32_t left = lost[word]; left != 0; left &= left - 1) {
+          const int bit = __ffs(left) - 1, i = word * 32 + bit;
+          const float sum = ld_shared(mine + i * (4 * kConsumerThreads));
+          if ((fabsf(sum) < INFINITY) == is_finite)
+            store(row_of_sum(i), column_of_sum(i), sum), lost[word] ^= 1u << bit;
+        }
+        is_left |= lost[word] != 0;
       }
-      return lost != 0;
+      return is_left;
     };
-    if (any(__reduce_add_sync(~0u, __popc(lost)) > Layout::kFewLost)) {
-      multiply<Layout::kParts>(m_first, n_tile);
-      if (any(store_where(true))) {
-        multiply<1>(m_first, n_tile);
-        store_where(false);
+    if (any(__reduce_add_sync(~0u, count) > Layout::kFewLost)) {
+      if constexpr (Layout::kIsTf32) {
+        multiply_tf32(m_first, n_tile);
+        store_where(true), store_where(false);
+      } else {
+        multiply_parts<3>(m_first, n_tile);
+        if (any(store_where(true))) {
+          multiply_parts<1>(m_first, n_tile);
+          store_where(false);
+        }
       }
     }
-    for (unsigned lanes; (lanes = __ballot_sync(~0u, lost != 0)) != 0;) {
-      const int owner = __ffs(lanes) - 1, i = __ffs(lost) - 1;
-      const int m = __shfl_sync(~0u, row_of_sum(i), owner), n = __shfl_sync(~0u, column_of_sum(i), owner);
-      float sum = 0;
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) {
+#pragma unroll 1
+      for (unsigned lanes; (lanes = __ballot_sync(~0u, lost[word] != 0)) != 0;) {
+        const int owner = __ffs(lanes) - 1, i = word * 32 + __ffs(lost[word]) - 1;
+        const int m = __shfl_sync(~0u, row_of_sum(i), owner), n = __shfl_sync(~0u, column_of_sum(i), owner);
+        float sum = 0;
 #pragma unroll 4
-      for (int k = block.lane * 4; k < args.k; k += 128) sum = add_dot(load_w(n, k), load_x(m, k), sum);
-      for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-      if (block.lane == owner) {
-        store(m, n, sum);
-        lost &= lost - 1;
+        for (int k = block.lane * 4; k < args.k; k += 128) sum = add_dot(load_w(n, k), load_x(m, k), sum);
+        for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+        if (block.lane == owner) {
+          store(m, n, sum);
+          lost[word] &= lost[word] - 1;
+        }
       }
     }
   }
 }
 
-// not_finite: as in Consumer.
-template <typename T> __device__ __forceinline__ void Repair<T>::tiles(uint32_t not_finite) {
+// All tiles of this block.
+template <typename T> __device__ __forceinline__ void Repair<T>::tiles() {
   // Through shuffles, or the compiler keeps what follows from them throughout the kernel.
   auto hidden = [](auto value) { return __shfl_sync(~0u, value, 0); };
   const TileScheduler<T> scheduler{hidden(args.m), hidden(args.n)};
-  int number = 0;
-  scheduler.for_each_tile(block.rank, hidden(block.blocks), hidden(gridDim.x), [&](int m0, int n0) {
-    if (any(not_finite >> min(number++, 31) & 1)) tile(m0, n0);
-  });
+  scheduler.for_each_tile(block.rank, hidden(block.blocks), hidden(gridDim.x), [&](int m0, int n0) { tile(m0, n0); });
 }
 
 // ---- Stores
@@ -1988,7 +2102,6 @@ template <typename T> __device__ __forceinline__ float2 Consumer<T>::inverses_of
 }
 
 // Float32. Where a product is not finite what is stored is NaN, whatever the activation is: repair looks for those.
-// check: NaN once there was one.
 template <typename T>
 template <int kGroups>
 __device__ __forceinline__ void Consumer<T>::store_float(Element* to, bool is_z, int m, const float* sums,
@@ -2008,6 +2121,10 @@ __device__ __forceinline__ void Consumer<T>::store_float(Element* to, bool is_z,
         (e % 2 ? to + args.n : to)[e / 2 * T::kColumnStep] = stored + nan_unless_finite;
     }
   }
+}
+
+template <typename T> __device__ __forceinline__ void Consumer<T>::note_not_finite(float check) const {
+  if (T::kIsFloat && check != 0) st_shared(shared + Shared::kNotFinite, 1);
 }
 
 // 16 bits. Neighbours along n exchange, so that each has two columns of one row: 4 bytes.
@@ -2055,7 +2172,7 @@ template <typename T>
 __device__ __forceinline__ void Consumer<T>::store_boxes(const CUtensorMap* map, bool is_z, const float* sums) const {
   const bool is_first = threadIdx.x % 128 == 0;  // of the warpgroup
   const int barrier = kWarpgroupBarriers + warpgroup;
-  const uint32_t boxes = block.shared + Shared::kBoxes + warpgroup * (2 * T::kBoxBytes);
+  const uint32_t boxes = shared + Shared::kBoxes + warpgroup * (2 * T::kBoxBytes);
 #pragma unroll
   for (int box = 0; box < T::kRows / T::kBoxRows; ++box) {
     const uint32_t offset = box % 2 * T::kBoxBytes;
@@ -2106,7 +2223,7 @@ __device__ __forceinline__ void Consumer<T>::finish(int m, float* sums, float2 f
     if constexpr (T::kIsFloat) {
       store_float<kGroups>(to, is_z, m, sums, first_inverses, check);
     } else if (T::kStoresBoxes && args.can_store_boxes) {
-      if constexpr (T::kStoresBoxes) store_boxes(is_z ? &store_maps.z : &store_maps.out, is_z, sums);
+      if constexpr (T::kStoresBoxes) store_boxes(is_z ? &maps.z : &maps.out, is_z, sums);
     } else {
       constexpr int kBatch = kGroups < 4 ? kGroups : 4;  // as registers allow
 #pragma unroll
@@ -2133,7 +2250,7 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::finish_tile()
 #pragma unroll
       for (int i = 0; i < 64; ++i) total[i] = total[T::kRows / 2 - 64 + i];
     }
-    not_finite |= uint32_t(check != 0) << min(tile++, 31);
+    note_not_finite(check);
   } else {
     float check = 0;
     finish<T::kGroups>(m0 + 2 * q, total, {}, check);
@@ -2155,7 +2272,9 @@ template <typename T> __device__ __forceinline__ void set_up(const Block<T>& blo
     mbarrier_init(block.shared + Shared::kXFull + 8 * i, 1);
     mbarrier_init(block.shared + Shared::kXEmpty + 8 * i, kConsumerWarps * T::kBlocksSharingX);
   }
+  for (int i = 0; i < T::kFloatStages; ++i) mbarrier_init(block.shared + Shared::kFloatFull + 8 * i, 1);
   mbarrier_init(block.shared + Shared::kSumsFull, 1);
+  st_shared(block.shared + Shared::kNotFinite, 0);
   fence_mbarrier_init();
   if (T::kSplitK) {  // what every other block sends this one
     const int groups = block.part.last_group - block.part.first_group;
@@ -2172,17 +2291,14 @@ template <typename T> __device__ __forceinline__ void set_up(const Block<T>& blo
 
 template <typename T>
 __global__ void __launch_bounds__(T::kThreads, 1)
-    linear_kernel(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_map,
-                  const __grid_constant__ CUtensorMap x_lo_map,
-                  const __grid_constant__ StoreMaps<T::kStoresBoxes> store_maps,
-                  const __grid_constant__ Arguments args) {
+    linear_kernel(const __grid_constant__ TensorMaps maps, const __grid_constant__ Arguments args) {
 #ifdef HAS_SM90A
   extern __shared__ __align__(1024) uint8_t shared_memory[];  // the swizzle repeats every 1024 bytes
   const Block<T> block(args, shared_memory);
   if (threadIdx.x == 0) {
-    set_up(block, w_map);
-    prefetch_tensormap(&x_map);
-    prefetch_tensormap(&x_lo_map);
+    set_up(block, maps.w);
+    prefetch_tensormap(&maps.x);
+    if (T::kParts == 2) prefetch_tensormap(&maps.x_lo);
   }
   __syncthreads();
   const int warp = warp_index();
@@ -2202,9 +2318,9 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     // Two threads, so that W may run ahead by its whole ring while x waits for a stage, and the other way round.
     if (block.lane == 0 && warp < 2) {
       if (warp == 0)
-        produce_w(block, w_map);
+        produce_w(block, maps.w);
       else
-        produce_x(block, x_map, x_lo_map);
+        produce_x(block, maps.x, maps.x_lo);
     }
     __syncwarp();  // the other lanes have waited here
     if (T::kSplitK) barrier_cluster_wait();
@@ -2216,7 +2332,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   } else {
     setmaxnreg_inc<T::kConsumerRegisters>();
     griddepcontrol_wait();  // for inverse_scale, of float32
-    Consumer<T> consumer(block, store_maps);
+    Consumer<T> consumer(block, maps);
     if (consumer.warpgroup == 1) consumer.give_turn();
     block.for_each_tile([&](int m0, int n0) {
       consumer.m0 = m0, consumer.n0 = n0;
@@ -2225,11 +2341,11 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     });
     if (T::kStoresBoxes && threadIdx.x % 128 == 0) cp_async_bulk_wait_group_read<0>();
     if (consumer.warpgroup == 0) consumer.await_turn();  // takes the last turn, so that the barrier ends as it began
-    if (!T::kIsFloat || !Repair<T>::any(consumer.not_finite != 0)) {
+    if (!T::kIsFloat || !Repair<T>::any(ld_shared(block.shared + SharedLayout<T>::kNotFinite) != 0)) {
       leave_cluster();  // here, and not behind the instructions that follow
       return;
     }
-    if constexpr (T::kIsFloat) Repair<T>(args, shared_memory).tiles(consumer.not_finite);
+    if constexpr (T::kIsFloat) Repair<T>(args, maps, shared_memory).tiles();
   }
   leave_cluster();
 #endif
@@ -2315,8 +2431,7 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
     if (error == cudaSuccess)
       error = launch_split_rows<T::kSplitK ? 512 : 256, T::kParts>(
           args.x, args.x_stride, args.x_split, args.m, TileScheduler<T>::kClusterM, args.k, T::kKeepsOrderOfK, stream);
-  CUtensorMap w_map, x_map, x_lo_map;
-  StoreMaps<T::kStoresBoxes> store_maps = {};
+  TensorMaps maps;
   // Measured: without promotion 1 us less where W is only read once, 0.2 % more elsewhere.
   constexpr auto promotion = T::kSplitK ? CU_TENSOR_MAP_L2_PROMOTION_NONE : CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
   const auto encode = [&](CUtensorMap* map, auto* base, int64_t rows, int k, int64_t stride, int box_rows) {
@@ -2326,22 +2441,25 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
   const int x_rows = T::x_box_rows(args.m);
   const Element* entries = static_cast<const Element*>(args.w);
   if constexpr (T::kKernel == Kernel::kFp16x1Staged)
-    encode(&w_map, w.hi, args.n, w.padded_k, w.padded_k, T::kWBoxRows);
+    encode(&maps.w, w.hi, args.n, w.padded_k, w.padded_k, T::kWBoxRows);
   else if constexpr (T::kTransposedW)
-    encode(&w_map, entries, args.k, args.n, args.w_stride, T::kWBoxRows);
+    encode(&maps.w, entries, args.k, args.n, args.w_stride, T::kWBoxRows);
   else
-    encode(&w_map, entries, args.n, args.k, args.w_stride, T::kWBoxRows);
+    encode(&maps.w, entries, args.n, args.k, args.w_stride, T::kWBoxRows);
   if constexpr (T::kIsFloat) {
-    encode(&x_map, x.hi, x.rows, x.padded_k, x.padded_k, x_rows);
-    encode(&x_lo_map, x.lo, x.rows, x.padded_k, x.padded_k, x_rows);
+    encode(&maps.x, x.hi, x.rows, x.padded_k, x.padded_k, x_rows);
+    if (T::kParts == 2) {
+      encode(&maps.x_lo, x.lo, x.rows, x.padded_k, x.padded_k, x_rows);
+    } else {
+      encode(&maps.float_w, entries, args.n, args.k, args.w_stride, kTileN);
+      encode(&maps.float_x, static_cast<const Element*>(args.x), args.m, args.k, args.x_stride, T::kRows);
+    }
   } else {
-    encode(&x_map, static_cast<const Element*>(args.x), args.m, args.k, args.x_stride, x_rows);
-    x_lo_map = x_map;
+    encode(&maps.x, static_cast<const Element*>(args.x), args.m, args.k, args.x_stride, x_rows);
     if constexpr (T::kStoresBoxes)
       if (args.can_store_boxes) {
-        encode(&store_maps.out, static_cast<Element*>(args.out), args.m, args.n, args.n, T::kBoxRows);
-        if (args.z != nullptr)
-          encode(&store_maps.z, static_cast<Element*>(args.z), args.m, args.n, args.n, T::kBoxRows);
+        encode(&maps.out, static_cast<Element*>(args.out), args.m, args.n, args.n, T::kBoxRows);
+        if (args.z != nullptr) encode(&maps.z, static_cast<Element*>(args.z), args.m, args.n, args.n, T::kBoxRows);
       }
   }
   static_assert(kPaddedRowsUnit % TileScheduler<T>::kClusterM == 0, "inverse_scale is read up to a cluster's last row");
@@ -2351,7 +2469,7 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
   const int clusters = TileScheduler<T>{args.m, args.n}.clusters();
   const Launch<T> launch(T::kSplitK ? clusters : std::min(resident, clusters), T::kSplitK ? splits : T::kClusterBlocks,
                          stream);
-  error = cudaLaunchKernelEx(&launch.config, linear_kernel<T>, w_map, x_map, x_lo_map, store_maps, args);
+  error = cudaLaunchKernelEx(&launch.config, linear_kernel<T>, maps, args);
   return error != cudaSuccess ? error : cudaGetLastError();
 }
 
