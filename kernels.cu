@@ -1,33 +1,43 @@
 // out = z + s * sigmoid(z),  z = x * W^T + b        x [M, K]   W [N, K]   b [N]   out [M, N]
 //
-// All device code of the project, and behind it, for g++ only, the operator that calls it. model_new.py compiles this
-// file twice: nvcc sees the first part, which includes nothing of PyTorch and so compiles in seconds; g++ the second.
+// All of the project that is compiled, in two parts, each for one compiler. nvcc compiles the device code and its C
+// interface, with nothing of PyTorch, in seconds. g++ compiles what comes behind (`#else  // __CUDACC__`): the choice
+// among kernels, and PyTorch's operators, which model_new.py defines, on CUDA tensors.
 //
 // Contents
-//   element types, the activation            where a new activation goes: activation() and activation_derivative()
-//   element-wise kernels                     epilogues for the library's GEMM, the backward's epilogue, column sums
-//   PTX                                      one thin function for each instruction
-//   preparing rows                           splits float32 rows into fp16 parts; pads rows
-//   hopper::linear_kernel                    GEMM and epilogue in one kernel, for compute capability 9.0
+//   element types, the activation    a new activation goes into activation() and activation_derivative()
+//   element-wise kernels             the library's epilogue, the backward's epilogue, the bias gradient
+//   PTX                              one thin function for each instruction
+//   preparing rows                   splits float32 rows into fp16 parts; pads rows
+//   namespace hopper                 linear_kernel: GEMM and epilogue in one kernel, for compute capability 9.0
 //     tiles, shared memory, scheduler, producers, converters, consumers, exchange between blocks that split K,
 //     lost sums and their repair, stores, the kernel, launches
-//   C interface                              what the operator calls
+//   the C interface                  what the operators call
+//   for g++: which kernel serves a product, operators, autograd, registration
 //
-// Variants of hopper::linear_kernel. A is W, from shared memory or from registers; B is x, always from shared memory.
+// Which kernel serves which case is decided by `select_kernel` in the last part:
+//   "fp16x3"         float32 from three fp16 products: hopper::linear_kernel behind split_rows_kernel
+//   "fp16x1"         float32 from one, where TF32 is allowed, and as accurate
+//   "fp16x1_staged"  the same from a copy of W in fp16, for many rows
+//   "wgmma16"        float16 and bfloat16
+//   "library"        every other architecture, dtype and shape: cuBLAS' GEMM, then epilogue_forward_kernel
+// The backward is epilogue_backward_kernel and reduce_columns_kernel, then fp16x3 or the library for its products.
 //
-//   name           rows   A comes from         W is converted by     a cluster shares  sums of 64 k are added by  out
-//   leaves fp16x3         256    converted W, shared  a warpgroup           W's conversion    an fma for each block
-//   registers fp16x3         128    registers            the consumers         x                 an fma for each block
-//   registers fp16x3         16-128 registers            the consumers         the tile, by K    an fma for each block
-//   registers fp16x1         256    converted W, shared  a warpgroup           W's conversion    the tensor core, all
-//   of K  registers fp16x1         16-128 registers            the consumers         the tile, by K    an fma for each
-//   block      registers fp16x1_staged  256    W in fp16, shared    split_rows_kernel     x                 the tensor
-//   core, all of K  registers wgmma16        256    W, shared            nobody                x                 the
-//   tensor core, all of K  TMA boxes wgmma16        16-128 W, shared            nobody                the tile, by K
-//   the tensor core, all of K  registers
+// Variants of hopper::linear_kernel. A is W, B is x, from shared memory; a block computes `rows` of out by 128 columns.
 //
-//   fp16x3: float32 from three fp16 products. fp16x1: float32 from one, as accurate as TF32. wgmma16: float16,
-//   bfloat16. fp16x3 also exists for a W that comes transposed, as [K, N], for the backward's products.
+// clang-format off
+//   kernel         rows    A comes from  W is converted by  a cluster shares  blocks of 64 k are added by  out leaves
+//   fp16x3         256     shared        a warpgroup        W's conversion    an fma each                  registers
+//   fp16x3         128     registers     the consumers      x                 an fma each                  registers
+//   fp16x3         16-128  registers     the consumers      the tile, by K    an fma each                  registers
+//   fp16x1         256     shared        a warpgroup        W's conversion    the tensor core              registers
+//   fp16x1         16-128  registers     the consumers      the tile, by K    an fma each                  registers
+//   fp16x1_staged  256     shared        split_rows_kernel  x                 the tensor core              registers
+//   wgmma16        256     shared        nobody             x                 the tensor core              TMA boxes
+//   wgmma16        16-128  shared        nobody             the tile, by K    the tensor core              registers
+// clang-format on
+//
+// fp16x3 also exists for a W that comes transposed, as [K, N], for the backward's products.
 //
 // The extern "C" functions return a cudaError_t as int, 0 for success, where they do not say otherwise. Sizes are
 // element counts.
@@ -2534,7 +2544,7 @@ static cudaError_t launch(const Arguments& args, int rows, int splits, int devic
 
 }  // namespace hopper
 
-// ---------------------------------------------------------------------------- bindings (called through ctypes)
+// ---------------------------------------------------------------------------- the C interface of what is above
 
 // Makes `device` current for one launch and gives the caller's device back.
 struct DeviceGuard {
@@ -2587,37 +2597,40 @@ int epilogue_backward(const void* grad, const void* z, void* dz, void* partial_s
   DISPATCH_DTYPE(dtype, launch_epilogue_backward, grad, z, dz, partial_sums, dbias, rows, cols, strips, scale, stream);
 }
 
-// What becomes of x and W; in model_new.py too.
-enum class Conversion : int { kNone = 0, kSplit = 1, kRounded = 2, kStaged = 3, kSplitTransposed = 4 };
-
-static int parts_of(Conversion what) {
-  return what == Conversion::kSplit || what == Conversion::kSplitTransposed ? 2 : 1;
+// Whether hopper::linear_kernel runs on the device: compute capability 9.0. 0 also where CUDA does not say.
+int is_hopper(int device) {
+  int major = 0, minor = 0;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) return 0;
+  return major == 9 && minor == 0;
 }
 
+static int parts_of(Kernel kernel) { return kernel == Kernel::kFp16x3 ? 2 : 1; }
+
 // Bytes of scratch memory that linear_hopper needs.
-int64_t linear_hopper_scratch(int64_t m, int64_t n, int64_t k, int conversion) {
-  const auto what = static_cast<Conversion>(conversion);
-  if (what == Conversion::kNone) return 0;
-  return SplitRows::bytes(m, k, parts_of(what)) + (what == Conversion::kStaged ? SplitRows::bytes(n, k, 1) : 0);
+int64_t linear_hopper_scratch(int64_t m, int64_t n, int64_t k, int kernel) {
+  const auto which = static_cast<Kernel>(kernel);
+  if (which == Kernel::kWgmma16) return 0;
+  return SplitRows::bytes(m, k, parts_of(which)) + (which == Kernel::kFp16x1Staged ? SplitRows::bytes(n, k, 1) : 0);
 }
 
 // The fused layer on compute capability 9.0, in tiles of `rows` by 128; splits: blocks that share a tile, each with a
-// part of K, or 0 where pairs of blocks share x or W. cudaErrorInvalidValue for a tile that there is not.
-//   conversion: kNone with float16 and bfloat16, one of the others with float32.
-//   x [m, k] and w [n, k] with unit stride along k, rows and pointers in multiples of 16 bytes; float32 also k.
-//   kStaged: any rows. kSplitTransposed: w is [k, n] with unit stride along n, its rows and pointer in multiples of 16
-//   bytes; x has any rows. bias [n], or null; out [m, n] and z [m, n], contiguous, z null where it is not wanted. m, n,
-//   k from 1 to 2^31 - 2048. scratch: 128-byte aligned, null where none is needed.
+// part of K, or 0 where pairs of blocks share x or W. cudaErrorInvalidValue for a tile that does not exist.
+//   kernel: a Kernel; kWgmma16 with float16 and bfloat16, one of the others with float32. transposed_w: kFp16x3 only.
+//   x [m, k] and w [n, k] with unit stride along k, rows and pointers in multiples of 16 bytes; float32 also k. A
+//   transposed w is [k, n], and that holds for n instead. bias [n], or null; out [m, n] and z [m, n], contiguous, z
+//   null where it is not wanted. m, n, k from 1 to 2^31 - 2048. scratch: 128-byte aligned, null where none is needed.
 int linear_hopper(const void* x, const void* w, const void* bias, void* out, void* z, void* scratch, int64_t x_stride,
-                  int64_t w_stride, int64_t m, int64_t n, int64_t k, double scale, int dtype, int conversion, int rows,
-                  int splits, int device, cudaStream_t stream) {
+                  int64_t w_stride, int64_t m, int64_t n, int64_t k, double scale, int dtype, int kernel,
+                  int transposed_w, int rows, int splits, int device, cudaStream_t stream) {
   const DeviceGuard guard(device);
   if (guard.error != cudaSuccess) return guard.error;
-  const auto what = static_cast<Conversion>(conversion);
+  const auto which = static_cast<Kernel>(kernel);
   // Float32 must be converted, 16 bits must not be.
-  if ((what == Conversion::kNone) == (static_cast<DType>(dtype) == DType::kFloat32)) return cudaErrorInvalidValue;
-  const int parts = parts_of(what);
-  if (scratch == nullptr && what != Conversion::kNone) return cudaErrorInvalidValue;
+  if ((which == Kernel::kWgmma16) == (static_cast<DType>(dtype) == DType::kFloat32)) return cudaErrorInvalidValue;
+  if (transposed_w && which != Kernel::kFp16x3) return cudaErrorInvalidValue;
+  if (scratch == nullptr && which != Kernel::kWgmma16) return cudaErrorInvalidValue;
+  const int parts = parts_of(which);
   const SplitRows x_split(scratch, m, k, parts);
   const SplitRows w_split(static_cast<char*>(scratch) + SplitRows::bytes(m, k, parts), n, k, 1);
   const bool can_store_boxes = n % 8 == 0 && aligned16(out, z, z);
@@ -2625,15 +2638,14 @@ int linear_hopper(const void* x, const void* w, const void* bias, void* out, voi
                                   x_stride, w_stride, int(m), int(n), int(k), float(scale), can_store_boxes};
   switch (static_cast<DType>(dtype)) {
     case DType::kFloat32:
-      switch (what) {
-        case Conversion::kSplit:
-          return hopper::launch<Kernel::kFp16x3, float>(args, rows, splits, device, stream);
-        case Conversion::kRounded:
+      switch (which) {
+        case Kernel::kFp16x3:
+          return transposed_w ? hopper::launch<Kernel::kFp16x3, float, true>(args, rows, splits, device, stream)
+                              : hopper::launch<Kernel::kFp16x3, float>(args, rows, splits, device, stream);
+        case Kernel::kFp16x1:
           return hopper::launch<Kernel::kFp16x1, float>(args, rows, splits, device, stream);
-        case Conversion::kStaged:
+        case Kernel::kFp16x1Staged:
           return hopper::launch<Kernel::kFp16x1Staged, float>(args, rows, splits, device, stream);
-        case Conversion::kSplitTransposed:
-          return hopper::launch<Kernel::kFp16x3, float, true>(args, rows, splits, device, stream);
         default:
           return cudaErrorInvalidValue;
       }
@@ -2657,4 +2669,547 @@ int pad_rows(const void* from, void* to, int64_t from_stride, int64_t rows, int6
 
 }  // extern "C"
 
+#else  // __CUDACC__: from here on for g++
+// First the choice among kernels, which `g++ -x c++ -D SELECTION_ONLY` compiles alone, without PyTorch; then the
+// operators.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+// ---------------------------------------------------------------------------- which kernel serves a product
+
+// Every product is served by the candidate that is expected to be the fastest: the library, or a tile of the fused
+// kernel. The costs are microseconds on an H200 but for what all have in common. Those of tiles are fitted to times of
+// every tile, those of the library to bench/results/nvidia-h200-grid.json; expect an error of several percent.
+
+// As in the device code, and the library.
+enum class Kernel : int { kWgmma16 = 0, kFp16x3 = 1, kFp16x1 = 2, kFp16x1Staged = 3, kLibrary = 4 };
+constexpr const char* kKernelNames[] = {"wgmma16", "fp16x3", "fp16x1", "fp16x1_staged", "library"};
+
+enum class Precision : int { kFloat32, kTF32, k16Bit };
+
+struct Choice {
+  Kernel kernel;
+  int rows, splits;  // see linear_hopper
+};
+
+// x [m, k] times W [n, k], or [k, n] where it is transposed.
+struct Product {
+  int64_t m, n, k;
+  Precision precision;
+  bool transposed_w;
+
+  double products() const { return double(m) * double(n) * double(k); }
+  double weight_megabytes() const { return (precision == Precision::k16Bit ? 2e-6 : 4e-6) * double(n) * double(k); }
+  // Rows of x and W must be multiples of 16 bytes, and are padded to that; cuBLAS has slower kernels for such rows.
+  bool is_aligned() const { return transposed_w || k % (precision == Precision::k16Bit ? 8 : 4) == 0; }
+};
+
+static int64_t parts(int64_t size, int64_t part) { return (size + part - 1) / part; }
+
+// Costs of a kernel's tiles. Indices: 16, 32, 64, 128, 256 rows.
+struct TileCosts {
+  double split_k[4];        // of a block of 64 k, in tiles that share K
+  double shared[5];         // in those that share x or W; 0: there is no such tile
+  double tile, row, split;  // to begin and end a tile; more for each row and block where blocks add up
+  double stream, megabyte;  // to start and end reading W, and of each MB
+  double stage;             // of each MB of W that is copied before
+  double split_x, store;    // of each million entries of x and of out
+};
+constexpr TileCosts kTileCosts[] = {
+    {{0.264, 0.313, 0.34, 0.48}, {0, 0, 0, 0, 0.708}, 3.0, 0.021, 0.09, 3.4, 0.251, 0, 0, 0},
+    {{0.643, 0.69, 0.808, 1.294}, {0, 0, 0, 1.248, 2.325}, 3.49, 0.023, 0.156, 4.1, 0.294, 0, 4.5, 0.95},
+    {{0.56, 0.65, 0.68, 0.85}, {0, 0, 0, 0, 1.05}, 2.9, 0.029, 0.09, 3.4, 0.264, 0, 4.5, 0.95},
+    {{}, {0, 0, 0, 0, 0.82}, 2.9, 0, 0, 3.4, 0, 0.36, 4.5, 0.95},
+};
+constexpr double kPadMegabyte = 0.5, kPadLaunch = 2.5;  // padding W
+
+// The library's GEMM and the epilogue kernel behind it.
+struct LibraryCosts {
+  double launches;        // more than one of ours
+  double megabyte;        // of W
+  double rate;            // million products a microsecond; float32: with few rows, with many it is twice that
+  double unaligned_rate;  // where rows are not multiples of 16 bytes, in tiles of 128 rows; 0: as others
+  bool has_whole_waves;   // of tiles of 128 x 128, or else finer ones fit
+  double epilogue;        // of each million entries of out: z is read and out written
+};
+constexpr LibraryCosts kLibraryCosts[] = {
+    {12, 0.5, 12, 0, false, 1.9},
+    {5.5, 0.27, 188, 66, true, 1.9},
+    {5.4, 0.247, 375, 67, false, 0.95},
+};
+constexpr double kGemvLaunches = 3.6, kGemvMegabyte = 0.31;  // float32, one row
+constexpr int kSMs = 132;
+
+// Blocks of a launch in tiles of `rows` by 128. Where they do not share K they come in pairs, for two tiles along m
+// that share W, or two along n that share x.
+static int64_t blocks_of(const Product& product, const Choice& tile) {
+  const int64_t along_m = parts(product.m, tile.rows), along_n = parts(product.n, 128);
+  if (tile.splits > 0) return along_m * along_n * tile.splits;
+  const bool shares_w = tile.rows == 256 && (tile.kernel == Kernel::kFp16x3 || tile.kernel == Kernel::kFp16x1);
+  return shares_w ? parts(along_m, 2) * 2 * along_n : along_m * parts(along_n, 2) * 2;
+}
+
+// How much longer it takes to read W for each part of the SMs that is idle. Not counted between tiles, whose costs are
+// fitted without, but beside the library.
+constexpr double kIdleReaders = 0.3;
+
+// idle_readers: kIdleReaders or 0.
+static double tile_microseconds(const Product& product, const Choice& tile, double idle_readers) {
+  constexpr int kResident[] = {kSMs, kSMs, kSMs, 117, 120};  // blocks at once, by splits: a cluster must fit a GPC
+  const TileCosts& costs = kTileCosts[int(tile.kernel)];
+  const int size = tile.rows == 16 ? 0 : tile.rows == 32 ? 1 : tile.rows == 64 ? 2 : tile.rows == 128 ? 3 : 4;
+  double per_block = tile.splits > 0 ? costs.split_k[size] : costs.shared[size];
+  // A cluster has four panels of 128 rows, and leaves out those that x does not fill.
+  constexpr double kOfACluster[] = {1, 0.56, 0.8, 0.89};
+  if (tile.kernel == Kernel::kFp16x3 && tile.rows == 256 && product.m <= 384)
+    per_block *= kOfACluster[parts(product.m, 128)];
+  const double blocks = double(blocks_of(product, tile));
+  const double waves = std::ceil(blocks / kResident[tile.splits]);
+  const double blocks_of_k = double(parts(parts(product.k, 64), std::max(tile.splits, 1)));
+  const double adding_up = tile.splits > 0 ? costs.split * tile.splits + costs.row * tile.rows : 0;
+  const double compute = waves * (blocks_of_k * per_block + costs.tile + adding_up);
+  const double megabytes = product.weight_megabytes();
+  const double padding = product.is_aligned() ? 0 : kPadLaunch + kPadMegabyte * megabytes;
+  const double stream = costs.stream + costs.megabyte * megabytes * (1 + idle_readers * (1 - blocks / (waves * kSMs)));
+  return std::max(compute, stream) + costs.stage * megabytes + padding +
+         1e-6 * double(product.m) * (costs.split_x * double(product.k) + costs.store * double(product.n));
+}
+
+static double library_microseconds(const Product& product) {
+  const double megabytes = product.weight_megabytes(), m = double(product.m);
+  if (product.m == 1 && product.precision != Precision::k16Bit) return kGemvLaunches + kGemvMegabyte * megabytes;
+  const LibraryCosts& costs = kLibraryCosts[int(product.precision)];
+  double compute = product.products() / (1e6 * costs.rate);
+  if (!product.is_aligned() && product.m > 1 && costs.unaligned_rate > 0) {
+    compute = product.products() / m * double(parts(product.m, 128) * 128) / (1e6 * costs.unaligned_rate);
+  } else if (costs.has_whole_waves) {
+    const int64_t tiles = parts(product.m, 128) * parts(product.n, 128);
+    const int64_t in_waves = tiles <= kSMs ? tiles : parts(tiles, kSMs) * kSMs;
+    compute = double(in_waves) * 128 * 128 * double(product.k) / (1e6 * costs.rate);
+  }
+  return costs.launches + std::max(costs.megabyte * megabytes, compute) + 1e-6 * costs.epilogue * m * double(product.n);
+}
+
+static Choice select_tile(const Product& product) {
+  const auto [m, n, k, precision, transposed_w] = product;
+  const Choice library = {Kernel::kLibrary, 0, 0};
+  if (m == 0 || n == 0 || k == 0) return library;
+  if (std::max({m, n, k}) > (int64_t(1) << 31) - 2048) return library;  // the kernel counts in 32 bits
+  // Not measured. Few columns and a long K would leave most SMs without work.
+  if (n < 512 || n * k < 1 << 19) return library;
+  // Below K = 256 SGEMM is more accurate, and up to 512 its error is about the kernel's.
+  if (precision == Precision::kFloat32 && k < 512) return library;
+
+  Choice best = library;
+  double least = std::numeric_limits<double>::infinity();
+  const auto consider = [&](Kernel kernel, int rows, int splits) {
+    const Choice tile = {kernel, rows, splits};
+    const double cost = tile_microseconds(product, tile, 0);
+    if (cost < least) least = cost, best = tile;
+  };
+  const Kernel kernel = precision == Precision::kFloat32 ? Kernel::kFp16x3
+                        : precision == Precision::kTF32  ? Kernel::kFp16x1
+                                                         : Kernel::kWgmma16;
+  for (const int rows : {16, 32, 64, 128}) {
+    // Tiles of more than twice M's rows, or of less than a sixth, are never the best; 128 rows may be, for any M.
+    if (rows < 128 && (rows > std::max<int64_t>(16, 2 * m - 1) || m > 6 * rows)) continue;
+    for (int splits = 1; splits <= 4 && splits <= parts(k, 64); ++splits) consider(kernel, rows, splits);
+  }
+  consider(kernel, 256, 0);
+  if (kernel == Kernel::kFp16x3) consider(kernel, 128, 0);
+  if (kernel == Kernel::kFp16x1) consider(Kernel::kFp16x1Staged, 256, 0);
+  return tile_microseconds(product, best, kIdleReaders) < library_microseconds(product) ? best : library;
+}
+
+// Serves every product that the kernels can compute, if it has rows; see force_kernel.
+static Choice forced = {Kernel::kLibrary, 0, 0};
+
+// The one decision. dtype: a DType, or another number for what the kernels do not have. w_stride: from one entry of a
+// row of W to the next.
+static Choice select_kernel(int dtype, bool allows_tf32, bool is_hopper, int64_t m, int64_t n, int64_t k,
+                            int64_t w_stride, bool transposed_w) {
+  const bool is_float32 = dtype == 0, is_16_bit = dtype == 1 || dtype == 2;
+  const bool can_serve = is_hopper && (is_float32 || is_16_bit) && w_stride == 1 && m > 0 && n > 0 && k > 0;
+  if (!can_serve) return {Kernel::kLibrary, 0, 0};
+  if (forced.rows > 0) return forced;
+  const auto precision = is_16_bit ? Precision::k16Bit : allows_tf32 ? Precision::kTF32 : Precision::kFloat32;
+  return select_tile({m, n, k, precision, transposed_w});
+}
+
+extern "C" {
+// For model_new.py: the name of the kernel; rows and splits of its tile, 0 where the library serves.
+const char* select_kernel(int dtype, int allows_tf32, int is_hopper, int64_t m, int64_t n, int64_t k, int64_t w_stride,
+                          int transposed_w, int* rows, int* splits) {
+  const Choice choice = select_kernel(dtype, allows_tf32 != 0, is_hopper != 0, m, n, k, w_stride, transposed_w != 0);
+  *rows = choice.rows, *splits = choice.splits;
+  return kKernelNames[int(choice.kernel)];
+}
+
+// For tests and benchmarks: from now on every product is served by this Kernel, in tiles of so many rows (the library:
+// any number but 0). 0 rows: by the fastest one again.
+void force_kernel(int kernel, int rows, int splits) { forced = {static_cast<Kernel>(kernel), rows, splits}; }
+}
+
+#ifndef SELECTION_ONLY
+#include <ATen/Context.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/_unsafe_view.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <sstream>
+#include <string>
+#include <tuple>
+
+// ---------------------------------------------------------------------------- the operators on CUDA tensors
+
+extern "C" {  // as defined above
+const char* error_string(int error);
+int is_hopper(int device);
+int epilogue_forward(const void* z, void* out, int64_t numel, double scale, int dtype, int device, void* stream);
+int epilogue_backward(const void* grad, const void* z, void* dz, void* partial_sums, void* dbias, int64_t rows,
+                      int64_t cols, int64_t strips, double scale, int dtype, int device, void* stream);
+int64_t linear_hopper_scratch(int64_t m, int64_t n, int64_t k, int kernel);
+int linear_hopper(const void* x, const void* w, const void* bias, void* out, void* z, void* scratch, int64_t x_stride,
+                  int64_t w_stride, int64_t m, int64_t n, int64_t k, double scale, int dtype, int kernel,
+                  int transposed_w, int rows, int splits, int device, void* stream);
+int pad_rows(const void* from, void* to, int64_t from_stride, int64_t rows, int64_t k, int64_t to_stride,
+             int element_bytes, int device, void* stream);
+}
+
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// A DType; -1 for what the kernels do not have.
+int dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return 0;
+    case at::kHalf:
+      return 1;
+    case at::kBFloat16:
+      return 2;
+    case at::kDouble:
+      return 3;
+    default:
+      return -1;
+  }
+}
+
+// Calls a function of the C interface on a device and its current stream, which are its last two arguments.
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, int (*function)(Parameters...), c10::Device device, Arguments... arguments) {
+  const c10::impl::VirtualGuardImpl cuda(device.type());
+  const int error = function(arguments..., device.index(), cuda.getStreamNativeHandle(cuda.getStream(device)));
+  TORCH_CHECK(error == 0, name, " failed: CUDA error ", error, ", ", error_string(error));
+}
+
+std::string describe(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  std::ostringstream text;
+  const auto add = [&](const char* name, const Tensor& t) {
+    text << name << ' ' << t.sizes() << ' ' << t.scalar_type() << " on " << t.device();
+  };
+  add("x", x), add(", weight", weight);
+  if (bias) add(", bias", *bias);
+  return text.str();
+}
+
+// Refuses, in nn.Linear's words, what is not x [..., K], weight [N, K] and bias [N] of one dtype on one device.
+void check(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+#define CHECK_ARGUMENTS(condition, ...) \
+  TORCH_CHECK(condition, "linear_sigmoid_residual(): ", __VA_ARGS__, ", got ", describe(x, weight, bias))
+  CHECK_ARGUMENTS(x.dim() > 0 && weight.dim() == 2 && (!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0))),
+                  "expected x [..., K], weight [N, K] and bias [N]");
+  CHECK_ARGUMENTS(x.size(-1) == weight.size(1), "mat1 and mat2 shapes cannot be multiplied (",
+                  c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)), "x", x.size(-1), " and ", weight.size(1),
+                  "x", weight.size(0), ")");
+  CHECK_ARGUMENTS(x.scalar_type() == weight.scalar_type() && (!bias || bias->scalar_type() == x.scalar_type()),
+                  "mat1 and mat2 must have the same dtype");
+  CHECK_ARGUMENTS(x.device() == weight.device() && (!bias || bias->device() == x.device()),
+                  "Expected all tensors to be on the same device");
+  CHECK_ARGUMENTS(dtype_of(x) >= 0, "not implemented for ", x.scalar_type(),
+                  ": expected float32, float16, bfloat16 or float64");
+#undef CHECK_ARGUMENTS
+}
+
+bool allows_tf32() {
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+         at::Float32Precision::TF32;
+}
+
+// t as [M, its last size]. (-1 would be ambiguous for an empty t.)
+Tensor as_rows(const Tensor& t) { return t.dim() == 2 ? t : t.dim() == 1 ? t.unsqueeze(0) : t.flatten(0, -2); }
+
+// Whether the rows of a matrix are contiguous, do not overlap, and eight rows are less than TMA's 2^40 bytes.
+bool has_rows(const Tensor& t) {
+  return t.stride(1) == 1 && t.stride(0) >= t.size(1) && t.stride(0) * t.element_size() < int64_t(1) << 37;
+}
+
+// Whether TMA can read the rows of a matrix: they begin at multiples of 16 bytes, too.
+bool has_aligned_rows(const Tensor& t) {
+  return has_rows(t) && t.stride(0) * t.element_size() % 16 == 0 && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
+}
+
+// A copy of a matrix with zeros behind its rows up to a multiple of 16 bytes.
+Tensor padded(const Tensor& matrix) {
+  const Tensor t = matrix.stride(1) == 1 ? matrix : matrix.contiguous();
+  const int64_t multiple = 16 / t.element_size(), cols = (t.size(1) + multiple - 1) / multiple * multiple;
+  const Tensor copy = at::empty({t.size(0), cols}, t.options());
+  launch("pad_rows", pad_rows, t.device(), t.data_ptr(), copy.data_ptr(), t.stride(0), t.size(0), t.size(1), cols,
+         int(t.element_size()));
+  return copy;
+}
+
+// linear_hopper on operands that it can read. k: as far as products count, which may be less than the rows have.
+void launch_hopper(const Choice& choice, bool transposed_w, const Tensor& x, const Tensor& weight,
+                   const OptionalTensor& bias, const Tensor& out, const OptionalTensor& z, int64_t m, int64_t n,
+                   int64_t k, double scale) {
+  const auto data = [](const OptionalTensor& t) { return t ? t->data_ptr() : nullptr; };
+  const int64_t scratch_bytes = linear_hopper_scratch(m, n, k, int(choice.kernel));
+  OptionalTensor scratch;
+  if (scratch_bytes > 0) scratch = at::empty({scratch_bytes}, x.options().dtype(at::kByte));
+  launch("linear_hopper", linear_hopper, x.device(), x.data_ptr(), weight.data_ptr(), data(bias), out.data_ptr(),
+         data(z), data(scratch), x.stride(0), weight.stride(0), m, n, k, scale, dtype_of(x), int(choice.kernel),
+         int(transposed_w), choice.rows, choice.splits);
+}
+
+// out and, where it is wanted, z by the fused kernel.
+std::tuple<Tensor, Tensor> forward_hopper(const Choice& choice, const Tensor& x_, const Tensor& weight_,
+                                          const OptionalTensor& bias, double scale, bool with_z) {
+  Tensor x = as_rows(x_), weight = has_rows(weight_) ? weight_ : weight_.contiguous();
+  const int64_t m = x.size(0), n = weight.size(0);
+  auto sizes = x_.sizes().vec();
+  sizes.back() = n;
+  const Tensor out = at::empty(sizes, x.options());
+  const OptionalTensor z = with_z ? OptionalTensor(at::empty(sizes, x.options())) : std::nullopt;
+  // Float32 is read four numbers at a time, so that K is padded with the rows.
+  if (has_aligned_rows(weight) && (choice.kernel == Kernel::kWgmma16 || x.size(1) % 4 == 0)) {
+    if (!has_aligned_rows(x)) x = padded(x);
+  } else {
+    x = padded(x), weight = padded(weight);
+  }
+  const int64_t k = std::min(x.size(1), weight.size(1));
+  launch_hopper(choice, false, x, weight, bias ? OptionalTensor(bias->contiguous()) : bias, out, z, m, n, k, scale);
+  return {out, z.value_or(Tensor())};
+}
+
+// z by the library's GEMM, then the epilogue: in place where z is not wanted.
+std::tuple<Tensor, Tensor> forward_library(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                           double scale, bool with_z) {
+  // As a matrix, since nn.functional.linear takes two kernels for other x that are not contiguous, and rounds twice.
+  Tensor z = at::linear(as_rows(x), weight, bias);
+  if (x.dim() != 2) {
+    auto sizes = x.sizes().vec();
+    sizes.back() = weight.size(0);
+    z = at::_unsafe_view(z, sizes);  // no view, which could not be changed in place with gradients
+  }
+  const Tensor out = with_z ? at::empty_like(z) : z;
+  launch("epilogue_forward", epilogue_forward, z.device(), z.data_ptr(), out.data_ptr(), z.numel(), scale, dtype_of(z));
+  return {out, z};
+}
+
+std::tuple<Tensor, Tensor> forward_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double scale,
+                                        bool with_z) {
+  check(x, weight, bias);
+  const int64_t n = weight.size(0), k = weight.size(1), m = k > 0 ? x.numel() / k : 0;
+  const Choice choice = select_kernel(dtype_of(x), allows_tf32(), is_hopper(x.device().index()), m, n, k,
+                                      weight.stride(1), /*transposed_w=*/false);
+  return choice.kernel == Kernel::kLibrary ? forward_library(x, weight, bias, scale, with_z)
+                                           : forward_hopper(choice, x, weight, bias, scale, with_z);
+}
+
+std::tuple<Tensor, Tensor> backward_z_cuda(const Tensor& grad_, const Tensor& z_, double scale) {
+  TORCH_CHECK(
+      grad_.sizes() == z_.sizes() && grad_.scalar_type() == z_.scalar_type() && dtype_of(z_) >= 0 && z_.dim() > 0,
+      "backward_z: expected grad and z [..., N] of one floating-point dtype, got grad ", grad_.sizes(), " ",
+      grad_.scalar_type(), " and z ", z_.sizes(), " ", z_.scalar_type());
+  const Tensor grad = grad_.contiguous(), z = z_.contiguous(), dz = at::empty_like(z);
+  const int64_t cols = z.size(-1), rows = cols > 0 ? z.numel() / cols : 0;
+  if (rows == 0) return {dz, at::zeros({cols}, z.options())};
+  const Tensor dbias = at::empty({cols}, z.options());
+  const int64_t strips = std::min<int64_t>(128, (rows + 63) / 64);  // to fill the GPU with few partial sums
+  const auto compute_type = z.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const Tensor partial_sums = at::empty({strips, cols}, z.options().dtype(compute_type));
+  launch("epilogue_backward", epilogue_backward, z.device(), grad.data_ptr(), z.data_ptr(), dz.data_ptr(),
+         partial_sums.data_ptr(), dbias.data_ptr(), rows, cols, strips, scale, dtype_of(z));
+  return {dz, dbias};
+}
+
+Tensor matmul_cuda(const Tensor& a, const Tensor& b) {
+  Choice choice = {Kernel::kLibrary, 0, 0};
+  if (a.dim() > 0 && b.dim() == 2 && a.size(-1) == b.size(0) && b.size(0) > 0 && a.device() == b.device() &&
+      a.scalar_type() == at::kFloat && b.scalar_type() == at::kFloat && !allows_tf32() && has_aligned_rows(b))
+    choice = select_kernel(dtype_of(a), false, is_hopper(a.device().index()), a.numel() / b.size(0), b.size(1),
+                           b.size(0), b.stride(1), /*transposed_w=*/true);
+  if (choice.kernel != Kernel::kFp16x3) return at::matmul(a, b);
+  const int64_t k = b.size(0), n = b.size(1);
+  Tensor rows = as_rows(a);
+  if (!has_aligned_rows(rows) || k % 4 != 0) rows = padded(rows);
+  auto sizes = a.sizes().vec();
+  sizes.back() = n;
+  const Tensor out = at::empty(sizes, a.options());
+  launch_hopper(choice, true, rows, b, {}, out, {}, rows.size(0), n, k, 0.0);
+  return out;
+}
+
+// ---------------------------------------------------------------------------- autograd
+
+// The operators of one namespace, as others call them.
+struct Operators {
+  using Forward = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, double);
+  using ForwardWithZ = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, double);
+  using BackwardZ = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, double);
+  using Matmul = Tensor(const Tensor&, const Tensor&);
+
+  template <typename Signature>
+  static c10::TypedOperatorHandle<Signature> find(const std::string& name, const char* operation) {
+    return c10::Dispatcher::singleton().findSchemaOrThrow((name + "::" + operation).c_str(), "").typed<Signature>();
+  }
+  explicit Operators(const std::string& name)
+      : forward(find<Forward>(name, "forward")),
+        forward_with_z(find<ForwardWithZ>(name, "forward_with_z")),
+        backward_z(find<BackwardZ>(name, "backward_z")),
+        matmul(find<Matmul>(name, "matmul")) {}
+
+  const c10::TypedOperatorHandle<Forward> forward;
+  const c10::TypedOperatorHandle<ForwardWithZ> forward_with_z;
+  const c10::TypedOperatorHandle<BackwardZ> backward_z;
+  const c10::TypedOperatorHandle<Matmul> matmul;
+};
+
+// Whether something must see the operator's parts: functorch (torch.func, vmap) or forward-mode AD follows the tensor,
+// or it is sparse.
+bool needs_parts(const Tensor& t) {
+  constexpr c10::DispatchKeySet keys({c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched,
+                                      c10::DispatchKey::Sparse, c10::DispatchKey::SparseCsr});
+  return t.defined() && (t.key_set().has_any(keys) || t._fw_grad(/*level=*/0).defined());
+}
+
+Tensor widened(const Tensor& t) { return t.scalar_type() == at::kDouble ? t : t.to(at::kFloat); }
+
+// The operator in PyTorch's. As in model_new.py, which has it for tensors that are not on a GPU.
+Tensor forward_in_parts(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double scale) {
+  const Tensor z = at::linear(x, weight, bias), wide = widened(z);
+  return (at::sigmoid(wide) * scale + wide).to(z.scalar_type());
+}
+
+// (out, z) = forward_with_z(x, weight, bias). z is an output so that a gradient can be differentiated again: what the
+// backward computes from z then depends on x, weight and bias through this function's own backward.
+struct LinearSigmoidResidual : torch::autograd::Function<LinearSigmoidResidual> {
+  static constexpr bool is_traceable = true;  // by compiled autograd
+
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& x,
+                                                const Tensor& weight, const OptionalTensor& bias, double scale,
+                                                const Operators* operators) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto [out, z] = operators->forward_with_z.call(x, weight, bias, scale);
+    // Eager keeps the same: sigmoid(z) for z, and each factor of a product only for the gradient of the other.
+    ctx->save_for_backward({weight.requires_grad() ? x : Tensor(), x.requires_grad() ? weight : Tensor(), z});
+    ctx->saved_data["scale"] = scale;
+    ctx->saved_data["has_bias"] = bias.has_value();
+    ctx->saved_data["operators"] = reinterpret_cast<int64_t>(operators);
+    ctx->set_materialize_grads(false);
+    return {out, z};
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list& gradients) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &weight = saved[1], &z = saved[2];
+    const double scale = ctx->saved_data["scale"].toDouble();
+    const auto& operators = *reinterpret_cast<const Operators*>(ctx->saved_data["operators"].toInt());
+    Tensor grad = std::move(gradients[0]), grad_of_z = std::move(gradients[1]), dz, dbias;
+    if (!grad.defined() && !grad_of_z.defined()) return torch::autograd::variable_list(5);  // zeros
+    // In parts where the gradient may be differentiated, and where z's own gradient says that it has been.
+    const bool in_parts =
+        at::GradMode::is_enabled() || !grad.defined() || grad_of_z.defined() || needs_parts(grad) || needs_parts(z);
+    if (in_parts) {
+      if (grad.defined()) {
+        const Tensor p = at::sigmoid(widened(z));
+        dz = (grad * (p * (1 - p) * scale + 1)).to(z.scalar_type());
+      }
+      if (grad_of_z.defined()) dz = dz.defined() ? dz + grad_of_z : grad_of_z;
+      dbias = as_rows(dz).sum(0);
+    } else {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      std::tie(dz, dbias) = operators.backward_z.call(grad, z, scale);
+    }
+    grad.reset(), grad_of_z.reset();  // the products need memory
+    const auto product = [&](const Tensor& a, const Tensor& b) {
+      if (in_parts || a.scalar_type() != at::kFloat) return at::matmul(a, b);
+      at::AutoDispatchBelowADInplaceOrView guard;
+      return operators.matmul.call(a, b);
+    };
+    Tensor dx, dweight;
+    if (ctx->needs_input_grad(1)) dweight = product(as_rows(dz).t(), as_rows(x));  // first: it takes more memory
+    if (ctx->needs_input_grad(0)) dx = product(dz, weight);
+    if (!ctx->saved_data["has_bias"].toBool() || !ctx->needs_input_grad(2)) dbias.reset();
+    return {dx, dweight, dbias, Tensor(), Tensor()};
+  }
+};
+
+// ---------------------------------------------------------------------------- registration
+
+void register_implementations(torch::Library& library, const std::string& device, const Operators* operators) {
+  const auto at_key = [](const std::string& key, auto kernel) {
+    return torch::dispatch(c10::parseDispatchKey(key), torch::CppFunction(std::move(kernel)));
+  };
+  library.impl("forward",
+               at_key(device, [](const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double scale) {
+                 return std::get<0>(forward_cuda(x, weight, bias, scale, /*with_z=*/false));
+               }));
+  library.impl("forward_with_z",
+               at_key(device, [](const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double scale) {
+                 return forward_cuda(x, weight, bias, scale, /*with_z=*/true);
+               }));
+  library.impl("backward_z", at_key(device, backward_z_cuda));
+  library.impl("matmul", at_key(device, matmul_cuda));
+  library.impl("forward", at_key("Autograd" + device,
+                                 [operators](c10::DispatchKeySet keys, const Tensor& x, const Tensor& weight,
+                                             const OptionalTensor& bias, double scale) -> Tensor {
+                                   const Tensor b = bias.value_or(Tensor());
+                                   if (needs_parts(x) || needs_parts(weight) || needs_parts(b))
+                                     return forward_in_parts(x, weight, bias, scale);
+                                   if (at::GradMode::is_enabled() &&
+                                       (x.requires_grad() || weight.requires_grad() || (bias && b.requires_grad())))
+                                     return LinearSigmoidResidual::apply(x, weight, bias, scale, operators)[0];
+                                   return operators->forward.redispatch(keys & c10::after_autograd_keyset, x, weight,
+                                                                        bias, scale);
+                                 }));
+  library.impl(
+      "forward", at_key("Autocast" + device, [operators](const Tensor& x, const Tensor& weight,
+                                                         const OptionalTensor& bias, double scale) {
+        const auto type = x.device().type();
+        const auto dtype = at::autocast::get_autocast_dtype(type);
+        const c10::impl::ExcludeDispatchKeyGuard guard(at::autocast::get_autocast_dispatch_key_from_device_type(type));
+        return operators->forward.call(at::autocast::cached_cast(dtype, x, type),
+                                       at::autocast::cached_cast(dtype, weight, type),
+                                       at::autocast::cached_cast(dtype, bias, type), scale);
+      }));
+}
+
+}  // namespace
+
+// Registers the implementations of this file for the operators that model_new.py has defined in the namespace `name`.
+// They stay for as long as the process. device: "CUDA"; the tests of autograd have their operators on the CPU.
+extern "C" void register_operators(const char* name, const char* device) {
+  auto* library = new torch::Library(torch::Library::IMPL, name, std::nullopt, __FILE__, __LINE__);
+  register_implementations(*library, device, new Operators(name));
+}
+
+#endif  // SELECTION_ONLY
 #endif  // __CUDACC__
