@@ -25,8 +25,9 @@ ROOT = Path(model_new.__file__).parent
 
 def compile_for_cpu(library, *arguments):
     """Compiles kernels.cu's part for g++, whose other part, nvcc's, is not needed to choose among kernels."""
-    command = [*"g++ -std=c++20 -Wall -Wextra -shared -fPIC -x c++".split(), ROOT / "kernels.cu", "-x", "none"]
-    result = subprocess.run([*command, *arguments, "-o", library], capture_output=True, text=True)
+    options = ["-std=c++20", "-Wall", "-Wextra", "-shared", "-fPIC", "-o", library, "-x", "c++"]
+    command = ["g++", *options, ROOT / "kernels.cu", "-x", "none", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0 and "kernels.cu" not in result.stderr, result.stderr
     return ctypes.CDLL(str(library))
 
