@@ -1,21 +1,43 @@
 // out = z + s * sigmoid(z),  z = x * W^T + b        x [M, K]   W [N, K]   b [N]   out [M, N]
 //
 // All of the project that is compiled, in two parts, each for one compiler. nvcc compiles the device code and its C
-// interface, with nothing of PyTorch. g++ compiles what comes behind (`#else  // __CUDACC__`): PyTorch's operators,
-// which model_new.py defines, on CUDA tensors, and the choice among kernels.
+// interface, with nothing of PyTorch, in seconds. g++ compiles what comes behind (`#else  // __CUDACC__`): the choice
+// among kernels, and PyTorch's operators, which model_new.py defines, on CUDA tensors.
 //
-// Which kernel serves which case is decided there, by `select_kernel` and `select_tile`:
-//   on Hopper (sm_90a)   hopper::linear_kernel, which multiplies on the tensor cores and makes out in its epilogue:
-//     "fp16x3"           float32 from three fp16 products, x split before by hopper::split_rows_kernel
-//     "fp16x1"           float32 from one, where TF32 is allowed
-//     "fp16x1_staged"    the same from a copy of W in fp16, for many rows
-//     "wgmma16"          float16 and bfloat16
-//   "library"            every other architecture, dtype and shape: the GEMM is the library's, and
-//                        epilogue_forward_kernel turns z into out, in place where z need not be kept.
-// All share the backward:
-//   epilogue_backward_kernel   dz = grad * d out / d z and partial column sums of dz, in one sweep
-//   reduce_columns_kernel      adds the partial sums in a fixed order: the bias gradient
-//   hopper::linear_kernel      dz * W and dz^T * x, in float32 on Hopper; elsewhere they are the library's
+// Contents
+//   element types, the activation    a new activation goes into activation() and activation_derivative()
+//   element-wise kernels             the library's epilogue, the backward's epilogue, the bias gradient
+//   PTX                              one thin function for each instruction
+//   preparing rows                   splits float32 rows into fp16 parts; pads rows
+//   namespace hopper                 linear_kernel: GEMM and epilogue in one kernel, for compute capability 9.0
+//     tiles, shared memory, scheduler, producers, converters, consumers, exchange between blocks that split K,
+//     lost sums and their repair, stores, the kernel, launches
+//   the C interface                  what the operators call
+//   for g++: which kernel serves a product, operators, autograd, registration
+//
+// Which kernel serves which case is decided by `select_kernel` in the last part:
+//   "fp16x3"         float32 from three fp16 products: hopper::linear_kernel behind split_rows_kernel
+//   "fp16x1"         float32 from one, where TF32 is allowed, and as accurate
+//   "fp16x1_staged"  the same from a copy of W in fp16, for many rows
+//   "wgmma16"        float16 and bfloat16
+//   "library"        every other architecture, dtype and shape: cuBLAS' GEMM, then epilogue_forward_kernel
+// The backward is epilogue_backward_kernel and reduce_columns_kernel, then fp16x3 or the library for its products.
+//
+// Variants of hopper::linear_kernel. A is W, B is x, from shared memory; a block computes `rows` of out by 128 columns.
+//
+// clang-format off
+//   kernel         rows    A comes from  W is converted by  a cluster shares  blocks of 64 k are added by  out leaves
+//   fp16x3         256     shared        a warpgroup        W's conversion    an fma each                  registers
+//   fp16x3         128     registers     the consumers      x                 an fma each                  registers
+//   fp16x3         16-128  registers     the consumers      the tile, by K    an fma each                  registers
+//   fp16x1         256     shared        a warpgroup        W's conversion    the tensor core              registers
+//   fp16x1         16-128  registers     the consumers      the tile, by K    an fma each                  registers
+//   fp16x1_staged  256     shared        split_rows_kernel  x                 the tensor core              registers
+//   wgmma16        256     shared        nobody             x                 the tensor core              TMA boxes
+//   wgmma16        16-128  shared        nobody             the tile, by K    the tensor core              registers
+// clang-format on
+//
+// fp16x3 also exists for a W that comes transposed, as [K, N], for the backward's products.
 //
 // The extern "C" functions return a cudaError_t as int, 0 for success, where they do not say otherwise. Sizes are
 // element counts.
@@ -33,11 +55,11 @@
 #include <type_traits>
 #include <utility>
 
-// ---------------------------------------------------------------------------- element types
+// ---------------------------------------------------------------------------- element types and the activation
 
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };  // as in model_new.py
 
-// Which kernel serves a call, beside the library; see the table above.
+// Which variant of linear_kernel serves a call; see the table above.
 enum class Kernel : int { kWgmma16 = 0, kFp16x3 = 1, kFp16x1 = 2, kFp16x1Staged = 3 };
 
 // The type in which an element is computed: float for 16-bit storage, so that out is rounded once.
@@ -70,10 +92,8 @@ static bool aligned16(const void* a, const void* b, const void* c) {
   return ((reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | reinterpret_cast<uintptr_t>(c)) & 15) == 0;
 }
 
-// ---------------------------------------------------------------------------- the epilogue's mathematics
-
-// The one place where the activation is written down; every kernel calls these two. kFast: for results of 16 bits,
-// whose rounding hides an error of |z| * 2^-24 in exp(-z).
+// The one place where the activation is written down: every kernel calls activation or activation_derivative. With
+// kFast, for results of 16 bits, exp(-z) has an error of |z| * 2^-24, which their rounding hides.
 template <bool kFast = false> __device__ __forceinline__ float sigmoid(float z) {
   float power, reciprocal;
   if (kFast)
@@ -86,26 +106,26 @@ template <bool kFast = false> __device__ __forceinline__ float sigmoid(float z) 
 }
 __device__ __forceinline__ double sigmoid(double z) { return 1.0 / (1.0 + exp(-z)); }
 
-template <bool kFast = false> __device__ __forceinline__ float activation(float z, float scale) {
-  return z + scale * sigmoid<kFast>(z);
+template <bool kFast = false> __device__ __forceinline__ float activation(float z, float s) {
+  return z + s * sigmoid<kFast>(z);
 }
-__device__ __forceinline__ double activation(double z, double scale) { return z + scale * sigmoid(z); }
+__device__ __forceinline__ double activation(double z, double s) { return z + s * sigmoid(z); }
 
 // d out / d z
-template <typename C> __device__ __forceinline__ C activation_derivative(C z, C scale) {
+template <typename C> __device__ __forceinline__ C activation_derivative(C z, C s) {
   const C p = sigmoid(z);
-  return C(1) + scale * p * (C(1) - p);
+  return C(1) + s * p * (C(1) - p);
 }
 
-// ---------------------------------------------------------------------------- forward epilogue
+// ---------------------------------------------------------------------------- element-wise: the forward's epilogue
 
 constexpr int kEpilogueThreads = 256;
 constexpr int kEpilogueUnroll = 4;  // independent 16-byte loads in flight per thread
 
-// out[i] = z[i] + scale * sigmoid(z[i]). No __restrict__: out may be z itself, each thread reads before it writes.
+// out[i] = z[i] + s * sigmoid(z[i]). No __restrict__: out may be z itself, each thread reads before it writes.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kEpilogueThreads)
-    epilogue_forward_kernel(const T* z, T* out, int64_t vectors, compute_t<T> scale) {
+    epilogue_forward_kernel(const T* z, T* out, int64_t vectors, compute_t<T> s) {
   using Vec = Vector<T, kWidth>;
   const Vec* z_vec = reinterpret_cast<const Vec*>(z);
   Vec* out_vec = reinterpret_cast<Vec*>(out);
@@ -121,35 +141,34 @@ __global__ void __launch_bounds__(kEpilogueThreads)
     const int64_t i = first + u * kEpilogueThreads;
     if (i >= vectors) continue;
 #pragma unroll
-    for (int e = 0; e < kWidth; ++e) value[u].v[e] = from_compute<T>(activation(to_compute(value[u].v[e]), scale));
+    for (int e = 0; e < kWidth; ++e) value[u].v[e] = from_compute<T>(activation(to_compute(value[u].v[e]), s));
     out_vec[i] = value[u];
   }
 }
 
 template <typename T, int kWidth>
-static cudaError_t launch_epilogue_vectors(const T* z, T* out, int64_t vectors, double scale, cudaStream_t stream) {
+static cudaError_t launch_epilogue_vectors(const T* z, T* out, int64_t vectors, double s, cudaStream_t stream) {
   if (vectors == 0) return cudaSuccess;
   constexpr int64_t per_block = kEpilogueThreads * kEpilogueUnroll;
   const int64_t blocks = (vectors + per_block - 1) / per_block;  // < 2^31: a grid covers 2^41 elements and more
   epilogue_forward_kernel<T, kWidth>
-      <<<dim3(unsigned(blocks)), kEpilogueThreads, 0, stream>>>(z, out, vectors, compute_t<T>(scale));
+      <<<dim3(unsigned(blocks)), kEpilogueThreads, 0, stream>>>(z, out, vectors, compute_t<T>(s));
   return cudaGetLastError();
 }
 
 template <typename T>
-static cudaError_t launch_epilogue_forward(const void* z_, void* out_, int64_t numel, double scale,
-                                           cudaStream_t stream) {
+static cudaError_t launch_epilogue_forward(const void* z_, void* out_, int64_t numel, double s, cudaStream_t stream) {
   const T* z = static_cast<const T*>(z_);
   T* out = static_cast<T*>(out_);
   constexpr int width = kVectorWidth<T>;
   const int64_t vectors = aligned16(z, out, out) ? numel / width : 0;
   const int64_t head = vectors * width;
-  const cudaError_t error = launch_epilogue_vectors<T, width>(z, out, vectors, scale, stream);
+  const cudaError_t error = launch_epilogue_vectors<T, width>(z, out, vectors, s, stream);
   if (error != cudaSuccess) return error;
-  return launch_epilogue_vectors<T, 1>(z + head, out + head, numel - head, scale, stream);  // the tail, if any
+  return launch_epilogue_vectors<T, 1>(z + head, out + head, numel - head, s, stream);  // the tail, if any
 }
 
-// ---------------------------------------------------------------------------- backward epilogue
+// ---------------------------------------------------------------------------- element-wise: the backward's epilogue
 
 constexpr int kBackwardWarps = 8;
 
@@ -162,7 +181,7 @@ template <typename T, int kWidth>
 __global__ void __launch_bounds__(32 * kBackwardWarps)
     epilogue_backward_kernel(const T* __restrict__ grad, const T* __restrict__ z, T* __restrict__ dz,
                              compute_t<T>* __restrict__ partial_sums, int64_t rows, int64_t cols,
-                             int64_t rows_per_block, compute_t<T> scale) {
+                             int64_t rows_per_block, compute_t<T> s) {
   using C = compute_t<T>;
   using Vec = Vector<T, kWidth>;
   __shared__ C warp_sums[kBackwardWarps][32 * kWidth];
@@ -180,7 +199,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps)
       Vec result;
 #pragma unroll
       for (int e = 0; e < kWidth; ++e) {
-        const C d = to_compute(g.v[e]) * activation_derivative(to_compute(zv.v[e]), scale);
+        const C d = to_compute(g.v[e]) * activation_derivative(to_compute(zv.v[e]), s);
         sum[e] += d;
         result.v[e] = from_compute<T>(d);
       }
@@ -200,26 +219,26 @@ __global__ void __launch_bounds__(32 * kBackwardWarps)
   }
 }
 
-// column_sums[c] = sum over strips of partial_sums[strip, c]
+// column_sums[c] = sum over strips of partial_sums[strip, c]. In double: the strips' sums are what is added one after
+// the other, and the only roundings left are those inside of strips, which are independent and average out.
 template <typename T>
 __global__ void reduce_columns_kernel(const compute_t<T>* __restrict__ partial_sums, T* __restrict__ column_sums,
                                       int64_t strips, int64_t cols) {
   const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (c >= cols) return;
-  compute_t<T> total = 0;
+  double total = 0;
   for (int64_t s = 0; s < strips; ++s) total += partial_sums[s * cols + c];
-  column_sums[c] = from_compute<T>(total);
+  column_sums[c] = from_compute<T>(compute_t<T>(total));
 }
 
 template <typename T, int kWidth>
 static cudaError_t launch_backward_width(const T* grad, const T* z, T* dz, compute_t<T>* partial_sums, T* dbias,
-                                         int64_t rows, int64_t cols, int64_t strips, double scale,
-                                         cudaStream_t stream) {
+                                         int64_t rows, int64_t cols, int64_t strips, double s, cudaStream_t stream) {
   const int64_t columns_per_block = 32 * kWidth;
   const dim3 grid(unsigned((cols + columns_per_block - 1) / columns_per_block), unsigned(strips));
   const int64_t rows_per_block = (rows + strips - 1) / strips;
   epilogue_backward_kernel<T, kWidth><<<grid, dim3(32, kBackwardWarps), 0, stream>>>(
-      grad, z, dz, dbias ? partial_sums : nullptr, rows, cols, rows_per_block, compute_t<T>(scale));
+      grad, z, dz, dbias ? partial_sums : nullptr, rows, cols, rows_per_block, compute_t<T>(s));
   if (dbias != nullptr)
     reduce_columns_kernel<T><<<unsigned((cols + 127) / 128), 128, 0, stream>>>(partial_sums, dbias, strips, cols);
   return cudaGetLastError();
@@ -227,7 +246,7 @@ static cudaError_t launch_backward_width(const T* grad, const T* z, T* dz, compu
 
 template <typename T>
 static cudaError_t launch_epilogue_backward(const void* grad_, const void* z_, void* dz_, void* partial_sums,
-                                            void* dbias, int64_t rows, int64_t cols, int64_t strips, double scale,
+                                            void* dbias, int64_t rows, int64_t cols, int64_t strips, double s,
                                             cudaStream_t stream) {
   const T* grad = static_cast<const T*>(grad_);
   const T* z = static_cast<const T*>(z_);
@@ -235,19 +254,18 @@ static cudaError_t launch_epilogue_backward(const void* grad_, const void* z_, v
   auto* partial = static_cast<compute_t<T>*>(partial_sums);
   constexpr int width = kVectorWidth<T>;
   if (cols % width == 0 && aligned16(grad, z, dz))
-    return launch_backward_width<T, width>(grad, z, dz, partial, static_cast<T*>(dbias), rows, cols, strips, scale,
-                                           stream);
-  return launch_backward_width<T, 1>(grad, z, dz, partial, static_cast<T*>(dbias), rows, cols, strips, scale, stream);
+    return launch_backward_width<T, width>(grad, z, dz, partial, static_cast<T*>(dbias), rows, cols, strips, s, stream);
+  return launch_backward_width<T, 1>(grad, z, dz, partial, static_cast<T*>(dbias), rows, cols, strips, s, stream);
 }
 
 // ---------------------------------------------------------------------------- PTX, one thin function each
-// Names are the instructions'; https://docs.nvidia.com/cuda/parallel-thread-execution describes each.
+// The functions have the instructions' names; https://docs.nvidia.com/cuda/parallel-thread-execution describes each.
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)  // compiling for sm_90a: wgmma, setmaxnreg
 #define HAS_SM90A 1
 #endif
 
-// Until the kernel before this one in the stream has finished and its writes are visible.
+// Waits until the kernel before this one in the stream has finished and its writes are visible.
 __device__ __forceinline__ void griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -259,7 +277,7 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-// first ? a : b, without a branch: for each element that would take longer than to compute both.
+// first ? a : b, without a branch, which would take longer than to compute both.
 __device__ __forceinline__ float select(bool first, float a, float b) {
   float result;
   asm("{\n .reg .pred p;\n setp.ne.u32 p, %3, 0;\n selp.f32 %0, %1, %2, p;\n}"
@@ -267,7 +285,7 @@ __device__ __forceinline__ float select(bool first, float a, float b) {
       : "f"(a), "f"(b), "r"(uint32_t(first)));
   return result;
 }
-// The largest of a warp's.
+// The largest v of a warp's threads.
 __device__ __forceinline__ uint32_t warp_max(uint32_t v) {
 #if __CUDA_ARCH__ >= 800
   return __reduce_max_sync(~0u, v);
@@ -317,8 +335,8 @@ __device__ __forceinline__ void mbarrier_arrive_remote(uint32_t barrier, uint32_
       "r"(block)
       : "memory");
 }
-// Waits for the end of the barrier's phase of this parity. semantics: of what is visible then; by default what was done
-// in this block, by TMA or by bulk copies.
+// Waits for the end of the barrier's phase of this parity. After it, what was done in this block, by TMA or by bulk
+// copies is visible; `semantics` may ask for more.
 #define DEFINE_MBARRIER_WAIT(name, semantics)                               \
   __device__ __forceinline__ void name(uint32_t barrier, uint32_t parity) { \
     uint32_t done;                                                          \
@@ -334,10 +352,11 @@ __device__ __forceinline__ void mbarrier_arrive_remote(uint32_t barrier, uint32_
     } while (!done);                                                        \
   }
 DEFINE_MBARRIER_WAIT(mbarrier_wait, "")
-DEFINE_MBARRIER_WAIT(mbarrier_wait_cluster, ".acquire.cluster")  // for what other blocks of the cluster have stored
+DEFINE_MBARRIER_WAIT(mbarrier_wait_cluster, ".acquire.cluster")  // also what other blocks of the cluster have stored
 
-// Copies one box of a 2-d tensor to the same shared-memory offset of every block in `blocks` (a bit mask), and counts
-// its bytes on the barrier at the same offset in each of them. (column, row): the box's first element; outside: zeros.
+// Copies one box of a 2-d tensor, which begins at (column, row), to the same shared-memory offset of every block in
+// `blocks` (a bit mask), and counts its bytes on the barrier at the same offset in each of them. What of the box lies
+// outside of the tensor is zero.
 __device__ __forceinline__ void cp_async_bulk_tensor_2d(uint32_t to, const CUtensorMap* map, int column, int row,
                                                         uint32_t barrier, uint16_t blocks) {
   asm volatile(
@@ -346,7 +365,8 @@ __device__ __forceinline__ void cp_async_bulk_tensor_2d(uint32_t to, const CUten
       "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
       : "memory");
 }
-// Copies one box from shared memory to a 2-d tensor, but for what of it lies outside, in this thread's current group.
+// Copies one box from shared memory to a 2-d tensor, as part of this thread's current group. What of the box lies
+// outside of the tensor is not stored.
 __device__ __forceinline__ void cp_async_bulk_tensor_2d_store(const CUtensorMap* map, int column, int row,
                                                               uint32_t from) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(column),
@@ -356,12 +376,13 @@ __device__ __forceinline__ void cp_async_bulk_tensor_2d_store(const CUtensorMap*
 __device__ __forceinline__ void cp_async_bulk_commit_group() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-// Until all of this thread's groups but the latest kPending have read their shared memory.
+// Waits until all of this thread's groups but the latest kPending have read their shared memory.
 template <int kPending> __device__ __forceinline__ void cp_async_bulk_wait_group_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 // Stores four 8 x 8 matrices of 16-bit elements transposed. As in wgmma's accumulators each thread has of each matrix
-// row lane / 4, columns 2 (lane % 4) and the next. to: in lane 8 i + j, where column j of matrix i goes, 16 bytes.
+// row lane / 4, columns 2 (lane % 4) and the next. Lane 8 i + j says in `to` where the 16 bytes of column j of matrix i
+// go.
 __device__ __forceinline__ void stmatrix_x4_trans(uint32_t to, const uint32_t (&matrices)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(matrices[0]),
                "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
@@ -376,8 +397,9 @@ template <int kPending> __device__ __forceinline__ void wgmma_wait_group() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// wgmma: d [64, kN] (+)= a [64, 16] * b [16, kN], float32 sums. b, and a where it is not in registers, lie in shared
-// memory, K-major, and are given by their descriptors; `accumulate` 0 overwrites d. T: __half or __nv_bfloat16.
+// wgmma: d [64, kN] (+)= a [64, k] * b [k, kN], float32 sums. b, and a where it is not in registers, lie in shared
+// memory, K-major, and are given by their descriptors; `accumulate` 0 overwrites d. T: __half or __nv_bfloat16, k 16;
+// or float, whose upper 19 bits are multiplied as TF32, k 8.
 template <int kN> struct Wgmma;
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define D8(i) D4(i), D4(i + 4)
@@ -398,13 +420,13 @@ template <int kN> struct Wgmma;
   "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, " \
   "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, "   \
   "%121, %122, %123, %124, %125, %126, %127"
-// kRegisters: of d, which are the first operands; i0 to i5: the numbers of those that follow. types: of a and b.
-#define WGMMA_FROM_SHARED(kN, kRegisters, types, i0, i1, i2)                                                          \
-  asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #i2                                                             \
-               ", 0;\n"                                                                                               \
-               " wgmma.mma_async.sync.aligned.m64n" #kN "k16.f32." types " {" NAMES##kRegisters "}, %" #i0 ", %" #i1  \
-                                                                                                ", p, 1, 1, 0, 0;\n}" \
-               : D##kRegisters(0)                                                                                     \
+// The first operands are d's kRegisters; i0 to i5 are the numbers of the operands that follow. shape: k and the types.
+#define WGMMA_FROM_SHARED(kN, kRegisters, shape, flags, i0, i1, i2)                                           \
+  asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #i2                                                     \
+               ", 0;\n"                                                                                       \
+               " wgmma.mma_async.sync.aligned.m64n" #kN shape " {" NAMES##kRegisters "}, %" #i0 ", %" #i1     \
+                                                                                     ", p, 1, 1" flags ";\n}" \
+               : D##kRegisters(0)                                                                             \
                : "l"(a), "l"(b), "r"(accumulate))
 #define DEFINE_WGMMA(kN, kRegisters, i0, i1, i2, i3, i4, i5)                                                   \
   template <> struct Wgmma<kN> {                                                                               \
@@ -419,9 +441,11 @@ template <int kN> struct Wgmma;
     template <typename T>                                                                                      \
     static __device__ __forceinline__ void multiply(float* d, uint64_t a, uint64_t b, int accumulate) {        \
       if constexpr (std::is_same_v<T, __half>)                                                                 \
-        WGMMA_FROM_SHARED(kN, kRegisters, "f16.f16", i0, i1, i2);                                              \
+        WGMMA_FROM_SHARED(kN, kRegisters, "k16.f32.f16.f16", ", 0, 0", i0, i1, i2);                            \
+      else if constexpr (std::is_same_v<T, float>)                                                             \
+        WGMMA_FROM_SHARED(kN, kRegisters, "k8.f32.tf32.tf32", "", i0, i1, i2);                                 \
       else                                                                                                     \
-        WGMMA_FROM_SHARED(kN, kRegisters, "bf16.bf16", i0, i1, i2);                                            \
+        WGMMA_FROM_SHARED(kN, kRegisters, "k16.f32.bf16.bf16", ", 0, 0", i0, i1, i2);                          \
     }                                                                                                          \
   };
 DEFINE_WGMMA(16, 8, 8, 9, 10, 11, 12, 13)
@@ -442,7 +466,7 @@ __device__ __forceinline__ void fence_proxy_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Barrier `id` of the block, for `threads` threads in all: those that wait at it and those that only arrive.
+// Barrier `id` of the block. `threads` counts those that wait at it and those that only arrive.
 __device__ __forceinline__ void bar_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -512,14 +536,14 @@ __device__ __forceinline__ void st_async_v2(uint32_t to, const float* v, uint32_
                "f"(v[0]), "f"(v[1]), "r"(barrier)
                : "memory");
 }
-// Always 0, for v not 0. An opaque dependence: an address that it is added to is not known before the loads of v
-// return.
+// 0, for any v that is not 0, in a way that the compiler cannot see through: an address to which it is added depends on
+// the loads of v, and what uses the address is not issued before they return.
 __device__ __forceinline__ uint32_t zero_after(float v) {
   uint32_t bits = __float_as_uint(v);
   asm volatile("mov.b32 %0, %0;" : "+r"(bits));
   return bits == 0;
 }
-// Relaxed: only publishes the barriers' initialisation.
+// Relaxed, since it only publishes the barriers' initialization.
 __device__ __forceinline__ void barrier_cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
@@ -549,9 +573,10 @@ __device__ __forceinline__ float inverse_of(float scale) {
   return __uint_as_float((254u << 23) - __float_as_uint(scale));
 }
 [[maybe_unused]] constexpr float kCorrection = 1 + 0x1p-23f;  // see "How sums stay accurate"
-[[maybe_unused]] constexpr float kSmallestInverse = 0x1p-126f;  // of zeros and of numbers so small that none loses bits
+// The inverse of the largest scale, that of zeros and of numbers so small that none loses bits.
+[[maybe_unused]] constexpr float kSmallestInverse = 0x1p-126f;
 
-// Two scaled numbers as hi and lo, packed as wgmma and shared memory want them: the first in the lower half.
+// Splits two numbers into hi and lo, each packed with the first number in the lower half, as wgmma wants them.
 __device__ __forceinline__ void split2(float a, float b, float scale, uint32_t& hi, uint32_t& lo) {
   const __half2 h = __floats2half2_rn(a * scale, b * scale);
   const float2 back = __half22float2(h);
@@ -560,13 +585,13 @@ __device__ __forceinline__ void split2(float a, float b, float scale, uint32_t& 
 }
 
 // ---------------------------------------------------------------------------- preparing rows of x and W
-// For any architecture: a row's scale and its split into hi and lo, and copies whose rows TMA can read.
+// For any architecture: scales of rows and their split into hi and lo, and copies whose rows TMA can read.
 
 constexpr int kTileK = 64;            // k are multiplied in blocks of so many
 constexpr int kPaddedRowsUnit = 512;  // inverse_scale is as long as multiples of so many rows
 
-// The inverse of a row's scale, a power of two, and in the last bit of its mantissa whether entries were so small for
-// the scale that they became zero.
+// The inverse of a row's scale, which is a power of two. The last bit of its mantissa tells whether entries were so
+// small for the scale that they became zero.
 struct RowScale {
   static constexpr uint32_t kVanished = 1;
   float marked;
@@ -575,7 +600,7 @@ struct RowScale {
   __device__ __forceinline__ float inverse() const { return __uint_as_float(__float_as_uint(marked) & 0x7f800000); }
 };
 
-// What split_rows_kernel makes of a matrix [m, k]. One allocation, whose parts are 128-byte aligned.
+// What split_rows_kernel makes of a matrix [m, k]: parts of one allocation, each 128-byte aligned.
 struct SplitRows {
   int padded_k;          // k up to whole blocks
   int rows;              // m and padding rows
@@ -599,15 +624,17 @@ struct SplitRows {
   }
 };
 
-// Four numbers of a row of k, which begins at a multiple of 16 bytes and goes on with zeros up to a multiple of four.
+// Loads four numbers of a row of k. The row begins at a multiple of 16 bytes and goes on with zeros up to a multiple of
+// four.
 __device__ __forceinline__ float4 load_four(const float* row, int at, int k) {
   return at < k ? *reinterpret_cast<const float4*>(row + at) : float4{0, 0, 0, 0};
 }
 
-// One block for each row of x [m, k] with row stride x_stride, and for the padding rows up to whole tiles, which become
-// copies of the last row as far as `split` has them, with inverse_scale 0. kBlockThreads: more where few rows make the
-// next kernel wait, which begins on an SM when its blocks are done. kParts: 2 for hi and lo, 1 for hi. keeps_order: k
-// keeps its order, or else has that of wgmma's fragments (see "The order of k").
+// Splits a matrix x [m, k] with row stride x_stride, a row in each block. Blocks behind the last row make the padding
+// rows: copies of the last row as far as `split` has room for them, and an inverse_scale of 0.
+//   kBlockThreads  more where rows are few and the next kernel waits, which begins on an SM when its blocks are done
+//   kParts         2 for hi and lo, 1 for hi
+//   keeps_order    k keeps its order, or else has that of wgmma's fragments (see "The order of k")
 template <int kBlockThreads, int kParts>
 __global__ void __launch_bounds__(kBlockThreads)
     split_rows_kernel(const float* __restrict__ x, int64_t x_stride, const SplitRows split, int m, int k,
@@ -687,9 +714,9 @@ static cudaError_t launch_split_rows(const void* from, int64_t stride, const Spl
 
 constexpr int kCopyThreads = 256, kCopyUnroll = 8;
 
-// to [rows, to_words] = from [rows, k], with zeros behind each row. Elements of kElementBytes, 2 or 4, a row stride of
-// from_stride elements. Everything moves in words of 4 bytes, which rows of 2-byte elements may begin in the middle of:
-// a word is read if any of it is the row's. blockIdx: row, part of the row.
+// to [rows, to_words] = from [rows, k], with zeros behind each row. Elements have kElementBytes, 2 or 4; from_stride
+// counts elements. Everything moves in words of 4 bytes. A row of 2-byte elements may begin in the middle of a word; a
+// word is read if any of it belongs to the row. blockIdx is (row, part of the row).
 template <int kElementBytes>
 __global__ void __launch_bounds__(kCopyThreads)
     pad_rows_kernel(const char* __restrict__ from, int64_t from_stride, uint32_t* __restrict__ to, unsigned k,
@@ -716,7 +743,7 @@ __global__ void __launch_bounds__(kCopyThreads)
   }
 }
 
-// to: [rows, to_stride] elements, its rows in multiples of 4 bytes.
+// to: [rows, to_stride] elements, each row in a multiple of 4 bytes.
 static cudaError_t launch_pad_rows(const void* from, int64_t from_stride, void* to, int64_t rows, int64_t k,
                                    int64_t to_stride, int element_bytes, cudaStream_t stream) {
   const unsigned words = unsigned(to_stride * element_bytes / 4), part = kCopyThreads * kCopyUnroll;
@@ -729,32 +756,33 @@ static cudaError_t launch_pad_rows(const void* from, int64_t from_stride, void* 
 
 // ---------------------------------------------------------------------------- the fused layer on Hopper's tensor cores
 //
-// Hopper's words: a warpgroup is four consecutive warps; wgmma their asynchronous matrix product; TMA, the instruction
-//   cp.async.bulk.tensor, copies a box of a tensor to shared memory; an mbarrier is a barrier in shared memory that
-//   also counts bytes that arrive; setmaxnreg moves registers between warpgroups; a cluster is blocks that can reach
-//   each other's shared memory.
+// Hopper's words: a warpgroup is four consecutive warps; wgmma is their asynchronous matrix product; TMA, the
+//   instruction cp.async.bulk.tensor, copies a box of a tensor to shared memory; an mbarrier is a barrier in shared
+//   memory that also counts bytes that arrive; setmaxnreg moves registers between warpgroups; a cluster is a group of
+//   blocks that can reach each other's shared memory.
 //
 // The kernel computes the transpose of out: each of two consumer warpgroups has 64 columns of out, by the tile's rows
 // of x, in products of wgmma's A = W [64 n, 16 k] and B = x [rows, 16 k].
 //
-// Data flow. x as float32 is split beforehand, by split_rows_kernel, and multiplied from shared memory. W as float32
-//   comes by TMA to shared memory and is split in the kernel; nothing about it is stored in global memory. In tiles of
-//   256 rows a warpgroup of converters does that: from W's ring to registers, from there to a second ring, from which
-//   it is multiplied. In smaller tiles the consumers do it: each thread loads its part of the fragment, finds the scale
-//   with its three neighbours, and A is multiplied from registers. 16-bit operands are multiplied from shared memory as
-//   they come.
-// Scales. x has one scale a row, W one for every row and block of 64 k. The tensor core truncates when it adds to its
-//   float32 accumulator. So it only ever adds one block of 64 k to a fresh `partial`; the partial is scaled back and
-//   added to `total` by an ordinary fma, which rounds. With one product (fp16x1) that is not needed: in tiles of 256
-//   rows the tensor core adds up all of K, and W has one scale a row, which only ever shrinks: where a block of k
-//   brings a larger entry, the sums so far are scaled down.
+// Data flow. Float32 x is split beforehand, by split_rows_kernel, and multiplied from shared memory. Float32 W comes by
+//   TMA to shared memory and is split in the kernel; nothing about it is stored in global memory. In tiles of 256 rows
+//   a warpgroup of converters does that: from W's ring to registers, and from there to a second ring, from which it is
+//   multiplied. In smaller tiles the consumers do it: each thread loads its part of the fragment, finds the scale with
+//   its three neighbours, and A is multiplied from registers. 16-bit operands are multiplied from shared memory as they
+//   come.
+// Scales. x has one scale for each row, W one for every row and block of 64 k. The tensor core truncates when it adds
+// to
+//   its float32 accumulator. So it only ever adds one block of 64 k to a fresh `partial`; the partial is scaled back
+//   and added to `total` by an ordinary fma, which rounds. With one product (fp16x1) that is not needed: in tiles of
+//   256 rows the tensor core adds up all of K, and W has one scale for each row, which only ever shrinks: where a block
+//   of k brings a larger entry, the sums so far are scaled down.
 // Tile. A block computes 128 columns of out, half of them each consumer warpgroup, and kRows rows. A wgmma covers
 //   kPanelRows of them: all, or with converters 128 of 256, in two panels.
 // Warps. One producer thread issues TMA for W, one for x. Where the consumers add up partials the two warpgroups take
-//   turns with the tensor cores (but with 128 rows that split K): each does so in the other's turn, and splits W, if it
-//   must, while its own products run.
+//   turns with the tensor cores: each adds up, and splits W if it must, while the other's products run.
 // Rings. W, converted W and x have a ring of shared-memory stages each, every stage with two mbarriers:
-//   full: bytes have landed, for its readers;  empty: every warp that reads it is done, for its writers.
+//     full: its bytes have landed, which its readers wait for;  empty: every warp that reads it is done, which its
+//     writers wait for.
 //   A stage of float32 W is empty once it is in registers, all others once their products are finished.
 // Clusters. Where there are many rows, a cluster has two blocks.
 //   With converters they need the same W, for different rows of x: each loads and converts 64 of its 128 rows, and
@@ -768,11 +796,12 @@ static cudaError_t launch_pad_rows(const void* from, int64_t from_stride, void* 
 //   consecutive k, where the fragment wants k = 2q, 2q+1, 2q+8, 2q+9 (q = lane % 4); so split_rows_kernel stores each
 //   group of 16 k in the order 0 1 4 5 8 9 12 13 2 3 6 7 10 11 14 15 for it. Converters keep the order that k has.
 // Padding rows. TMA takes longer to fill with zeros what is outside than to copy. So where x is split and has more than
-//   128 rows it is padded with copies of its last row up to whole panels; 16-bit x is the caller's, so its last tile of
-//   256 rows begins so early that it ends with x (kLastTileOverlaps), and where it has fewer rows than a smaller tile
-//   no more are loaded.
-// Stores. From registers, 32 bytes of a row at a time; of 16 bits, in tiles of 256 rows, through shared memory, by TMA,
-//   unless rows of out are not in multiples of 16 bytes.
+//   128 rows it is padded with copies of its last row up to whole panels. 16-bit x is the caller's; its last tile of
+//   256 rows begins so early that it ends with x (kLastTileOverlaps), and smaller tiles load no more rows than there
+//   are.
+// Stores. They go from registers, 32 bytes of a row at a time; of 16 bits, in tiles of 256 rows, through shared memory,
+// by
+//   TMA, unless rows of out are not in multiples of 16 bytes.
 // What short launches wait for. W is fetched as soon as its barriers are set up, before the block's other warps begin,
 //   and code that rarely runs lies behind the code that every launch runs: with few rows these are microseconds.
 
@@ -781,7 +810,7 @@ namespace hopper {
 // ---- Tiles: choices, what follows from them, what must hold
 
 constexpr int kTileN = 128;
-constexpr int kMaxRows = 256;  // of any tile
+constexpr int kMaxRows = 256;  // the most of any tile
 constexpr int kConsumerWarpgroups = kTileN / 64;
 constexpr int kConsumerThreads = 128 * kConsumerWarpgroups;
 constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
@@ -789,18 +818,18 @@ constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
 constexpr int kMaxSplits = 4;                        // blocks that share a tile
 constexpr int kMaxShared = 232448;                   // bytes of a Hopper block
 
-// Where blocks share a tile, each finishes some of its groups of 8 rows, and the others send it their sums for these.
+// Where blocks share a tile, each finishes some of the tile's groups of 8 rows, and the others send it their sums.
 [[maybe_unused]] constexpr int kGroupBytes = 16 * kConsumerThreads;
-constexpr int most_groups_sent(int groups) {  // to a block
+constexpr int most_groups_sent(int groups) {  // to one block, by all others
   int most = 0;
   for (int blocks = 2; blocks <= kMaxSplits; ++blocks)
     most = std::max(most, (blocks - 1) * ((groups + blocks - 1) / blocks));
   return most;
 }
 
-// What a block computes, and how. Element: of x, W, bias and out.
+// What a block computes, and how. Element is the type of x, W, bias and out.
 template <Kernel kKernel_, typename Element_, int kRows_, bool kSplitK_, bool kTransposedW_ = false> struct Tile {
-  // The choices.
+  // Choices.
   using Element = Element_;
   static constexpr Kernel kKernel = kKernel_;
   static constexpr int kRows = kRows_;
@@ -818,32 +847,33 @@ template <Kernel kKernel_, typename Element_, int kRows_, bool kSplitK_, bool kT
   static constexpr bool kWFromRegisters = kConvertsW && !kSharesW;
   // Whether the tensor core adds up 64 k at a time, or else all of K.
   static constexpr bool kPromotesEachBlock = kKernel == Kernel::kFp16x3 || kWFromRegisters;
-  static constexpr bool kKeepsOrderOfK = kTransposedW || kSharesW;  // in x as it is stored
+  static constexpr bool kKeepsOrderOfK = kTransposedW || kSharesW;  // or else x is stored in the fragments' order
   // Accumulators that share a block's four steps: fewer additions that truncate (see "How sums stay accurate"), where
   // registers and time allow it.
   static constexpr int kPartials = kParts == 1 || !kSplitK || kRows == 128 ? 1 : kRows == 64 ? 2 : 4;
   // Totals of eight blocks first, then of these: fewer roundings one after the other.
   static constexpr bool kSumsInTwoLevels = kParts == 2 && kWFromRegisters && kRows <= 64;
-  // Measured with fp16x3: without turns 2 to 8 % more time, but no more with 128 rows that split K.
+  // Measured with fp16x3: without turns 2 to 8 % more time, but not with 128 rows that split K.
   static constexpr bool kTakesTurns = kPromotesEachBlock && !(kSplitK && kRows == 128);
 
   // Clusters and panels.
-  static constexpr int kClusterBlocks = kSplitK ? 1 : 2;               // where they do not share a tile
-  static constexpr int kBlocksSharingX = kSplitK || kSharesW ? 1 : 2;  // that load an x stage together
-  static constexpr bool kLastTileOverlaps = !kIsFloat && !kSplitK;     // rows in two tiles are stored twice, the same
+  static constexpr int kClusterBlocks = kSplitK ? 1 : 2;               // where K is split the launch says how many
+  static constexpr int kBlocksSharingX = kSplitK || kSharesW ? 1 : 2;  // these load an x stage together
+  static constexpr bool kLastTileOverlaps = !kIsFloat && !kSplitK;     // a row in two tiles is stored twice, the same
   static constexpr int kPanels = kSharesW ? 2 : 1;
   static constexpr int kPanelRows = kRows / kPanels;                           // columns of wgmma's B
   static constexpr int kGroups = kRows / 8;                                    // of 8 rows
   static constexpr int kColumnStep = kTransposedW && kWFromRegisters ? 1 : 8;  // between a thread's two columns of out
-  // Rows of x in one of TMA's boxes: a block's slice of a panel. Where x is the caller's and has fewer rows than a
-  // tile, no more: what comes of the rows behind the last, whatever is there, is not stored.
+  // Rows of x in one of TMA's boxes: a block's slice of a panel, or all rows where x is the caller's and has fewer.
+  // Whatever the stage then has behind them is multiplied, too, but not stored.
   static __host__ __device__ constexpr int x_box_rows(int m) {
     return !kIsFloat && kSplitK && m < kPanelRows ? m : kPanelRows / kBlocksSharingX;
   }
 
-  // Stages. W's: boxes whose rows have 128 bytes. [2][kWRows][32] floats, [kWRows / 32][kTileK][32] floats of a
-  // transposed W, or [kTileN][64] of 16 bits. x's: a panel, kParts times [kPanelRows][64] of 16 bits. Converted W's:
-  // kParts times half [kTileN][64], and apart from it the inverses of the rows' scales.
+  // Stages. All boxes have rows of 128 bytes.
+  //   W            [2][kWRows][32] floats; transposed [kWRows / 32][kTileK][32] floats; [kTileN][64] 16-bit numbers
+  //   x            a panel, kParts times [kPanelRows][64] 16-bit numbers
+  //   converted W  kParts times [kTileN][64] halves, and apart from them the inverses of the rows' scales
   using WElement = std::conditional_t<kKernel == Kernel::kFp16x1Staged, __half, Element>;  // as it comes by TMA
   using Multiplied = std::conditional_t<kIsFloat, __half, Element>;
   static constexpr int kWRows = kSharesW ? kTileN / 2 : kTileN;
@@ -854,32 +884,34 @@ template <Kernel kKernel_, typename Element_, int kRows_, bool kSplitK_, bool kT
   static constexpr int kXStageBytes = kParts * kXPartBytes;
   static_assert(kXPartBytes / kBlocksSharingX % 1024 == 0, "the swizzle repeats every 1024 bytes");
   static constexpr int kConvertedPartBytes = kTileN * kTileK * 2, kConvertedBytes = kParts * kConvertedPartBytes;
-  static constexpr int kInverseBytes = kTileN * 4;
+  static constexpr int kWInverseBytes = kTileN * 4;
   // Measured: two stages are too few for hi and lo.
   static constexpr int kConvertedStages = !kSharesW ? 0 : kParts == 2 ? 3 : 4;
-  static constexpr int kConvertedRingBytes = kConvertedStages * (kConvertedBytes + kInverseBytes);
-  // Where blocks share a tile: what the others send this one.
+  static constexpr int kConvertedRingBytes = kConvertedStages * (kConvertedBytes + kWInverseBytes);
+  // What the others send this block where they share a tile.
   static constexpr int kSentGroupBytes = kSplitK ? most_groups_sent(kGroups) * kGroupBytes : 0;
-  static constexpr int kSentInverseBytes = kSplitK && kIsFloat ? kTileN * 4 : 0;  // from each
-  static constexpr int kSumBytes = kSentGroupBytes + (kMaxSplits - 1) * kSentInverseBytes;
-  // Whether out and z can leave by TMA, as boxes of kBoxRows rows by a consumer's 64 columns, each consumer's two in
-  // turns.
+  static constexpr int kSentWInverseBytes = kSplitK && kIsFloat ? kTileN * 4 : 0;  // by each
+  static constexpr int kSumBytes = kSentGroupBytes + (kMaxSplits - 1) * kSentWInverseBytes;
+  // Whether out and z can leave by TMA, as boxes of kBoxRows rows by a consumer's 64 columns. Each consumer warpgroup
+  // has two boxes, which take turns.
   static constexpr bool kStoresBoxes = !kIsFloat && !kSplitK;
   static constexpr int kBoxRows = 64, kBoxBytes = kBoxRows * 64 * 2;
   static constexpr int kBoxesBytes = kStoresBoxes ? 2 * kConsumerWarpgroups * kBoxBytes : 0;
-  // What is left is W's and x's, but for 1024 bytes: barriers, and alignment. Measured: fp16x1 wants four stages of
-  // float32 W, fp16x3 two; x has what is left.
+  // Stages of float32 W and x for repair as TF32, in what the rings leave behind.
+  static constexpr int kFloatStages = kIsFloat && kParts == 1 ? 4 : 0;
+  // W's and x's rings share what is left, but for 1024 bytes of barriers and alignment. Measured: fp16x1 wants four
+  // stages of float32 W, fp16x3 two; x takes the rest.
   static constexpr int kBytesForRings = kMaxShared - kSumBytes - kConvertedRingBytes - kBoxesBytes - 1024;
   static constexpr int kXStages = kSharesW ? std::min(12, (kBytesForRings - 4 / kParts * kWStageBytes) / kXStageBytes)
                                            : std::min(12, kBytesForRings / (kWStageBytes + kXStageBytes));
   static constexpr int kWStages = std::min(12, (kBytesForRings - kXStages * kXStageBytes) / kWStageBytes);
-  static constexpr int kBarrierBytes = (2 * (kWStages + kXStages + kConvertedStages) + 1) * 8;
+  static constexpr int kBarrierBytes = (2 * (kWStages + kXStages + kConvertedStages) + kFloatStages + 1 + 1) * 8;
   static constexpr int kSharedBytes =
       kWStages * kWStageBytes + kXStages * kXStageBytes + kConvertedRingBytes + kBoxesBytes + kSumBytes + kBarrierBytes;
   static_assert(kXStages >= 2 && kWStages >= 2 && kSharedBytes <= kMaxShared);
 
-  // Warps: producers, converters, consumers. The compiler gives every thread as many registers as the register file has
-  // for so many, in multiples of 8; what the producers and converters let go of goes to the consumers.
+  // Warps are producers, converters and consumers, in this order. The compiler gives every thread the same share of the
+  // register file, a multiple of 8; what the producers and converters let go of goes to the consumers.
   static constexpr int kWarpgroups = 1 + kSharesW + kConsumerWarpgroups, kThreads = 128 * kWarpgroups;
   static constexpr int kFirstConsumerWarp = kThreads / 32 - kConsumerWarps;
   static constexpr int kProducerRegisters = 24, kConverterRegisters = 72, kConsumerRegisters = kSharesW ? 208 : 240;
@@ -888,30 +920,32 @@ template <Kernel kKernel_, typename Element_, int kRows_, bool kSplitK_, bool kT
                 "or the consumers would wait for registers for ever");
 };
 
+// x, w, bias, out and z have elements of the tile's type.
 struct Arguments {
-  const void* x;               // [m, k], row stride x_stride; x, w, bias, out and z of the tile's Element
+  const void* x;               // [m, k], row stride x_stride
   const void* w;               // [n, k], row stride w_stride; [k, n] where it is transposed
   const void* bias;            // [n], or null
   void* out;                   // [m, n]
   void* z;                     // [m, n], or null where it is not wanted
-  SplitRows x_split, w_split;  // of x, where it is float32; of W with fp16x1_staged
+  SplitRows x_split, w_split;  // x split, where it is float32; W split, with fp16x1_staged
   int64_t x_stride, w_stride;
   int m, n, k;
-  float scale;           // s
+  float s;
   bool can_store_boxes;  // rows of out and z begin at multiples of 16 bytes
 };
 
-// The tensor maps of out and z where they are stored as boxes. z: zeros where it is not wanted.
-template <bool kStoresBoxes> struct StoreMaps {
-  CUtensorMap out, z;
+// What TMA must know of each matrix; those that a variant does not use are not initialized.
+struct TensorMaps {
+  CUtensorMap w, x, x_lo;        // as the producers fetch them; x_lo where there are two parts
+  CUtensorMap out, z;            // 16 bits, where they are stored as boxes
+  CUtensorMap float_w, float_x;  // float32 as it comes, for repair as TF32
 };
-template <> struct StoreMaps<false> {};
 
-// ---- The order of tiles
+// ---- Scheduler: the order of tiles
 
-// Where blocks of a cluster share x they have tiles side by side along n, where W, along m. Clusters are numbered along
-// m first, in groups of 1024 rows, then n: what runs at the same time shares W's tiles, which are the larger traffic,
-// and the group's part of x stays in the L2 cache.
+// Blocks of a cluster that share x have tiles side by side along n; those that share W, along m. Clusters are numbered
+// along m first, in groups of 1024 rows, then along n: what runs at the same time shares W's tiles, which are the
+// larger traffic, and the group's part of x stays in the L2 cache.
 template <typename T> struct TileScheduler {
   static constexpr int kClusterM = T::kRows * (T::kSharesW ? 2 : 1), kClusterN = kTileN * T::kBlocksSharingX;
   static constexpr int kGroupM = 1024 / kClusterM;
@@ -922,7 +956,7 @@ template <typename T> struct TileScheduler {
   __host__ __device__ int clusters() const { return clusters_m() * clusters_n(); }
 
 #ifdef HAS_SM90A
-  // body(m0, n0) with the first row and column of out of the tile that block `rank` has of a cluster.
+  // Calls body(m0, n0) with the first row and column of out of the tile that block `rank` of the cluster has.
   template <typename Body> __device__ __forceinline__ void tile(int cluster, uint32_t rank, Body body) const {
     const int per_group = kGroupM * clusters_n();
     const int first_m = cluster / per_group * kGroupM, size_m = min(kGroupM, clusters_m() - first_m);
@@ -932,8 +966,8 @@ template <typename T> struct TileScheduler {
     body(m0 + (T::kSharesW ? int(rank) * T::kRows : 0),
          cluster_n * kClusterN + (T::kBlocksSharingX > 1 ? int(rank) * kTileN : 0));
   }
-  // The tiles of this block, which is number `rank` of `cluster_blocks`, one after the other: a single one where they
-  // share it.
+  // Calls body(m0, n0) for each tile of this block, which is number `rank` of `cluster_blocks`. Where these share a
+  // tile there is a single one.
   template <typename Body>
   __device__ __forceinline__ void for_each_tile(uint32_t rank, unsigned cluster_blocks, unsigned grid_blocks,
                                                 Body body) const {
@@ -951,8 +985,9 @@ template <typename T> struct TileScheduler {
 
 // ---- Shared memory and barriers
 
-// Where a thread is in a ring of stages. kStages_, kFull, kEmpty: where the first stage and its two mbarriers lie in
-// shared memory.
+// A thread's position in a ring of stages: it waits for the stage, uses it, arrives on one of the stage's barriers, and
+// advances. `phase` is the parity of the rounds that the thread has made, and so of the barriers' phases. kStages_,
+// kFull and kEmpty are the offsets of the first stage and its two mbarriers in shared memory.
 template <int kCount, int kStageBytes, int kStages_, int kFull, int kEmpty> struct Ring {
   uint32_t shared;  // the address of the block's shared memory
   uint32_t stage = 0, phase = 0;
@@ -961,42 +996,49 @@ template <int kCount, int kStageBytes, int kStages_, int kFull, int kEmpty> stru
   __device__ __forceinline__ uint32_t full_barrier() const { return shared + kFull + 8 * stage; }
   __device__ __forceinline__ uint32_t empty_barrier() const { return shared + kEmpty + 8 * stage; }
   __device__ __forceinline__ void wait_full() const { mbarrier_wait(full_barrier(), phase); }
+  // The other parity: a barrier that was just initialized lets a wait for the phase before its first pass, so that all
+  // stages are empty at the start.
   __device__ __forceinline__ void wait_empty() const { mbarrier_wait(empty_barrier(), phase ^ 1); }
   __device__ __forceinline__ void advance() {
     if (++stage == kCount) stage = 0, phase ^= 1;
   }
 };
 
-// A block's shared memory: where each part of it begins, in their order.
+// The offsets of the parts of a block's shared memory, in their order.
 template <typename T> struct SharedLayout {
-  static constexpr int kW = 0, kX = kW + T::kWStages * T::kWStageBytes;  // stages
+  static constexpr int kW = 0, kX = kW + T::kWStages * T::kWStageBytes;  // the rings' stages
   static constexpr int kConverted = kX + T::kXStages * T::kXStageBytes;
-  static constexpr int kInverses = kConverted + T::kConvertedStages * T::kConvertedBytes;  // of converted W's scales
-  static constexpr int kBoxes = kConverted + T::kConvertedRingBytes;                       // of out and z, on their way
-  static constexpr int kSums = kBoxes + T::kBoxesBytes;  // what blocks that share a tile send this one
+  static constexpr int kWInverses =
+      kConverted + T::kConvertedStages * T::kConvertedBytes;          // one for each row of converted W
+  static constexpr int kBoxes = kConverted + T::kConvertedRingBytes;  // out and z on their way
+  static constexpr int kSums = kBoxes + T::kBoxesBytes;               // what the others send this block
   static constexpr int kWFull = kSums + T::kSumBytes, kWEmpty = kWFull + 8 * T::kWStages;  // mbarriers
   static constexpr int kXFull = kWEmpty + 8 * T::kWStages, kXEmpty = kXFull + 8 * T::kXStages;
   static constexpr int kConvertedFull = kXEmpty + 8 * T::kXStages;
   static constexpr int kConvertedEmpty = kConvertedFull + 8 * T::kConvertedStages;
   static constexpr int kSumsFull = kConvertedEmpty + 8 * T::kConvertedStages;
-  static_assert(kSumsFull + 8 == T::kSharedBytes);
+  static constexpr int kFloatFull = kSumsFull + 8;
+  static constexpr int kNotFinite =
+      kFloatFull + 8 * T::kFloatStages;  // float32: whether a consumer has met a product that is not finite
+  static_assert(kNotFinite + 8 == T::kSharedBytes);
 
   using WRing = Ring<T::kWStages, T::kWStageBytes, kW, kWFull, kWEmpty>;
   using XRing = Ring<T::kXStages, T::kXStageBytes, kX, kXFull, kXEmpty>;
   using ConvertedRing = Ring<T::kConvertedStages, T::kConvertedBytes, kConverted, kConvertedFull, kConvertedEmpty>;
 };
 
-// Barriers of bar.sync and bar.arrive; 0 is __syncthreads'. Of two, the first is consumer warpgroup 0's.
+// Barriers of bar.sync and bar.arrive; 0 is that of __syncthreads. Turns and warpgroups have two each: one for every
+// consumer warpgroup.
 enum NamedBarrier : int { kTurnBarriers = 1, kConsumersBarrier = 3, kWarpgroupBarriers = 4 };
 
 // Through a shuffle, so that the compiler knows it to be the same in the whole warp and keeps what follows from it in
 // uniform registers.
 __device__ __forceinline__ int warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
 
-// What a block does of a tile that a cluster's blocks share.
+// A block's part of a tile that a cluster's blocks share.
 template <typename T> struct Part {
-  int k_begin, k_end;                             // it multiplies these blocks of kTileK
-  int groups_per_block, first_group, last_group;  // it finishes these groups of 8 rows
+  int k_begin, k_end;                             // the blocks of kTileK that it multiplies
+  int groups_per_block, first_group, last_group;  // the groups of 8 rows that it finishes
 
   __device__ __forceinline__ Part(const Arguments& args, unsigned rank, unsigned blocks)
       : k_begin((args.k + kTileK - 1u) / kTileK * rank / blocks),
@@ -1011,7 +1053,7 @@ template <typename T> struct Block {
   const Arguments& args;
   TileScheduler<T> scheduler;
   uint32_t shared;        // the address of its shared memory
-  uint32_t rank, blocks;  // its number in its cluster, and how many there are
+  uint32_t rank, blocks;  // its number in its cluster, and the number of blocks there
   int lane;
   Part<T> part;  // with kSplitK
 
@@ -1025,7 +1067,7 @@ template <typename T> struct Block {
         lane(__shfl_sync(~0u, threadIdx.x % 32, threadIdx.x % 32)),
         part(args_, rank, blocks) {}
 
-  // Its part of K, in blocks of kTileK; up to k_prefetched W is fetched before all else begins.
+  // Its part of K, in blocks of kTileK. Up to k_prefetched W is fetched before all else begins.
   __device__ __forceinline__ int k_begin() const { return T::kSplitK ? part.k_begin : 0; }
   __device__ __forceinline__ int k_end() const { return T::kSplitK ? part.k_end : (args.k + kTileK - 1) / kTileK; }
   __device__ __forceinline__ int k_prefetched() const { return min(k_end(), k_begin() + T::kWStages); }
@@ -1033,7 +1075,8 @@ template <typename T> struct Block {
   template <typename Body> __device__ __forceinline__ void for_each_tile(Body body) const {
     scheduler.for_each_tile(rank, blocks, gridDim.x, body);
   }
-  // A tile's panels that have rows of x. Measured: those that have none, loaded as zeros, take longer than others.
+  // How many of a tile's panels have rows of x. Measured: those without, loaded as zeros, would take longer than
+  // others.
   __device__ __forceinline__ int panels(int m0) const {
     return T::kSharesW ? max(0, min(T::kPanels, (args.m - m0 + T::kPanelRows - 1) / T::kPanelRows)) : 1;
   }
@@ -1041,21 +1084,21 @@ template <typename T> struct Block {
 
 // ---- Producers
 
-// Fetches a block of W's k, of n0's tile, into the ring's stage.
+// Fetches a block of W's k, for the tile at n0, into the ring's stage.
 template <typename T>
 __device__ __forceinline__ void fetch_w(const Block<T>& block, const CUtensorMap& map, int n0, int k_block,
                                         typename SharedLayout<T>::WRing& ring) {
   const uint32_t barrier = ring.full_barrier(), to = ring.address();
   mbarrier_arrive_expect_tx(barrier, T::kWStageBytes);
   const int k0 = k_block * kTileK;
-  if (T::kSharesW) n0 += int(block.rank) * T::kWRows;  // this block's half
+  if (T::kSharesW) n0 += int(block.rank) * T::kWRows;  // the half that this block converts
   for (int box = 0; box < T::kWBoxes; ++box)
     cp_async_bulk_tensor_2d(to + box * T::kWBoxRows * 128, &map, T::kTransposedW ? n0 + box * 32 : k0 + box * 32,
                             T::kTransposedW ? k0 : n0, barrier, 1 << block.rank);
   ring.advance();
 }
 
-// W's ring is empty at the start, and this block's own: it can be filled at once.
+// Fills W's ring, which is empty at the start and only this block's.
 template <typename T> __device__ __forceinline__ void prefetch_w(const Block<T>& block, const CUtensorMap& map) {
   block.scheduler.tile(blockIdx.x / block.blocks, block.rank, [&](int, int n0) {
     typename SharedLayout<T>::WRing ring{block.shared};
@@ -1065,10 +1108,10 @@ template <typename T> __device__ __forceinline__ void prefetch_w(const Block<T>&
   });
 }
 
-// One thread: the rest of W.
+// One thread: fetches the rest of W.
 template <typename T> __device__ __forceinline__ void produce_w(const Block<T>& block, const CUtensorMap& map) {
   int first = block.k_prefetched();
-  typename SharedLayout<T>::WRing ring{block.shared};  // as prefetch_w left it
+  typename SharedLayout<T>::WRing ring{block.shared};  // goes on where prefetch_w ended
   if (first - block.k_begin() < T::kWStages) ring.stage = first - block.k_begin();
   if (first - block.k_begin() == T::kWStages) ring.phase = 1;
   block.for_each_tile([&](int, int n0) {
@@ -1081,7 +1124,7 @@ template <typename T> __device__ __forceinline__ void produce_w(const Block<T>& 
   });
 }
 
-// One thread: x, this block's slice of each panel for all that share it.
+// One thread: fetches this block's slice of each panel of x, for all blocks that share it.
 template <typename T>
 __device__ __forceinline__ void produce_x(const Block<T>& block, const CUtensorMap& map, const CUtensorMap& lo_map) {
   const int box_rows = T::x_box_rows(block.args.m), slice = T::kBlocksSharingX == 1 ? 0 : int(block.rank) * box_rows;
@@ -1106,7 +1149,7 @@ __device__ __forceinline__ void produce_x(const Block<T>& block, const CUtensorM
 
 // ---- Converters
 
-// A warpgroup: each warp converts 16 of this block's rows of W, a thread half a row, and sends them to the other block
+// A warpgroup: each warp converts 16 of this block's rows of W, a thread half a row, and sends them to the other block,
 // too.
 template <typename T> __device__ __forceinline__ void convert_w(const Block<T>& block) {
   using Shared = SharedLayout<T>;
@@ -1152,8 +1195,8 @@ template <typename T> __device__ __forceinline__ void convert_w(const Block<T>& 
 
       const uint32_t stage = ring.address() + block.rank * (T::kWRows * 128);
       const uint32_t inverses =
-          block.shared + Shared::kInverses + ring.stage * T::kInverseBytes + block.rank * (T::kWRows * 4);
-      // The thread's chunk 0; for the second half not in the order of k, either.
+          block.shared + Shared::kWInverses + ring.stage * T::kWInverseBytes + block.rank * (T::kWRows * 4);
+      // The thread's first chunk of 16 bytes. The second half's chunks are not in the order of k here, either.
       const uint32_t to = stage + row * 128 + (half * (T::kTransposedW ? 4 : 6) ^ swizzle) * 16;
       ring.wait_empty();
 #pragma unroll
@@ -1170,7 +1213,8 @@ template <typename T> __device__ __forceinline__ void convert_w(const Block<T>& 
       // Or wgmma and the bulk copies, which read through the asynchronous proxy, might see what was there before.
       fence_proxy_async_shared();
       __syncwarp();
-      // Every thread arrives for what it has stored, the first also for what the other block sends, and sends itself.
+      // Every thread arrives for what it has stored. The first also announces the bytes that the other block's warp
+      // will send, and sends its own warp's.
       const uint32_t barrier = ring.full_barrier(), other = block.rank ^ 1;
       if (block.lane > 0) {
         mbarrier_arrive(barrier);
@@ -1188,16 +1232,16 @@ template <typename T> __device__ __forceinline__ void convert_w(const Block<T>& 
 }
 
 // ---- Consumers: fragments of float32 W
+// In what follows r = lane / 4 and q = lane % 4. Of each operand A a thread has rows r and r + 8 of its warp's 16.
 
-// A thread's part of float32 W in one block of 64 k: wgmma's four steps of 16 k, and the scales of its two rows, r and
-// r + 8.
-struct WBlock {
+// A thread's part of float32 W in one block of 64 k: wgmma's four steps of 16 k, and the scales of its two rows.
+struct WFragments {
   float step[4][8];  // four consecutive k of row r, four of row r + 8
   float scale[2];
 };
 
-// address: of the thread's 16 bytes of step 0 in row r. Under the swizzle those of step 1 differ in one bit.
-__device__ __forceinline__ void load_step(WBlock& block, int step, uint32_t address) {
+// address: the thread's 16 bytes of step 0 in row r. Under the swizzle those of step 1 differ in one bit.
+__device__ __forceinline__ void load_step(WFragments& block, int step, uint32_t address) {
   address = (step % 2 ? address ^ 64 : address) + step / 2 * (kTileN * 128);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -1207,9 +1251,9 @@ __device__ __forceinline__ void load_step(WBlock& block, int step, uint32_t addr
   }
 }
 
-// The same of a transposed W, whose k are in their own order. address: of the thread's 8 bytes, rows r and r + 8, in
+// The same for a transposed W, whose k are in their own order. address: the thread's 8 bytes, rows r and r + 8, in
 // k = 2q. Those of k = 2q + 1 differ in one bit under the swizzle, those of k + 8 do not.
-__device__ __forceinline__ void load_step_transposed(WBlock& block, int step, uint32_t address) {
+__device__ __forceinline__ void load_step_transposed(WFragments& block, int step, uint32_t address) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {  // k = 2q, 2q + 1, 2q + 8, 2q + 9
     const int k = step * 16 + i % 2 + i / 2 * 8;
@@ -1218,8 +1262,9 @@ __device__ __forceinline__ void load_step_transposed(WBlock& block, int step, ui
   }
 }
 
-// For the largest |w| of a row's 64: this thread's sixteen and its three neighbours'. half: row r or r + 8.
-__device__ __forceinline__ float scale_of_row(const WBlock& block, int half) {
+// The scale of row r (half 0) or r + 8, from the largest |w| of its 64: this thread's sixteen and its three
+// neighbours'.
+__device__ __forceinline__ float scale_of_row(const WFragments& block, int half) {
   float largest = 0;
 #pragma unroll
   for (int i = 0; i < 16; ++i) largest = fmaxf(largest, fabsf(block.step[i / 4][4 * half + i % 4]));
@@ -1228,10 +1273,9 @@ __device__ __forceinline__ float scale_of_row(const WBlock& block, int half) {
   return scale_of(largest);
 }
 
-// A step's part of operand A: the four registers of wgmma's 64 x 16 fragment of hi, and of lo where there are two
-// parts.
+// Makes a step's operand A: the four registers of wgmma's 64 x 16 fragment of hi, and of lo where there are two parts.
 template <int kParts>
-__device__ __forceinline__ void split_step(uint32_t (&hi)[4], uint32_t (&lo)[4], const WBlock& block, int step) {
+__device__ __forceinline__ void split_step(uint32_t (&hi)[4], uint32_t (&lo)[4], const WFragments& block, int step) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {  // row r or r + 8, the earlier two k or the later
     const float* two = block.step[step] + 4 * (i % 2) + i / 2 * 2;
@@ -1241,8 +1285,8 @@ __device__ __forceinline__ void split_step(uint32_t (&hi)[4], uint32_t (&lo)[4],
   }
 }
 
-// wgmma's description of a K-major operand with 128-byte swizzle, 8 rows of 128 bytes being 1024 contiguous bytes: its
-// lower half, in which adding 1 moves the operand by 16 bytes, and its upper half.
+// The two halves of wgmma's description of a K-major operand with 128-byte swizzle, whose groups of 8 rows by 128 bytes
+// are 1024 contiguous bytes. Adding 1 to the lower half moves the operand by 16 bytes.
 __device__ __forceinline__ uint32_t matrix_descriptor(uint32_t address) { return address >> 4 | 1 << 16; }
 constexpr uint64_t kDescriptorUpper = uint64_t(1024 >> 4 | 1 << 30) << 32;
 
@@ -1257,44 +1301,44 @@ template <typename T> struct Consumer {
 
   const Block<T>& block;
   const Arguments& args;
-  const StoreMaps<T::kStoresBoxes>& store_maps;
+  const TensorMaps& maps;
+  const uint32_t shared;
   int warp, warpgroup, lane;  // warp: among the consumers'
   WRing w_ring;
   XRing x_ring;
   // [groups of 8 m][row r, row r + 8][m = 2q, 2q + 1], written [4 * groups]
   float total[T::kRows / 2];
-  float largest_inverse[2];  // of row r's and row r + 8's scales of W
-  float limit[2];            // see "Lost sums"
-  // Whether this thread has met a product that is not finite: a bit for each of the first 31 tiles, and one for the
-  // rest.
-  uint32_t not_finite = 0;
-  int tile = 0;
-  int m0, n0;  // the tile
-  // Of its epilogue. r, q: lane / 4 and lane % 4, found there so that they take no registers in the main loop.
+  float largest_w_inverse[2];  // the inverses of the smallest scales of W's rows r and r + 8
+  float limit[2];              // see "Lost sums"
+  int m0, n0;                  // the tile
+  // The epilogue finds these, so that they take no registers in the main loop.
   int r, q;
   float bias[2];
 
-  __device__ __forceinline__ Consumer(const Block<T>& block_, const StoreMaps<T::kStoresBoxes>& store_maps_)
+  __device__ __forceinline__ Consumer(const Block<T>& block_, const TensorMaps& maps_)
       : block(block_),
         args(block_.args),
-        store_maps(store_maps_),
+        maps(maps_),
+        // Through a shuffle, or the main loops find it anew in every block of k before they can wait for the next.
+        shared(__shfl_sync(~0u, block_.shared, 0)),
         warp(warp_index() - T::kFirstConsumerWarp),
         warpgroup(warp / 4),
         lane(block_.lane),
-        w_ring{block_.shared},
-        x_ring{block_.shared} {}
+        w_ring{shared},
+        x_ring{shared} {}
 
-  // W's row, in the tile, that is the fragment's row r; row r + 8 is kColumnStep further. From registers: 0 4 1 5 2 6 3
-  // 7 of eight, so that the eight lanes that load 16 bytes together touch all banks under the swizzle, where rows r and
-  // r + 1 would collide. Transposed: rows r and r + 8 are neighbours, for loads of 8 bytes.
+  // The row of W, in the tile, that is the fragment's row r; row r + 8 is kColumnStep further. Fragments in registers
+  // have rows 0 4 1 5 2 6 3 7 of eight, so that the eight lanes that load 16 bytes together touch all banks under the
+  // swizzle, where rows r and r + 1 would collide. Those of a transposed W have neighbours for r and r + 8, for loads
+  // of 8 bytes.
   __device__ __forceinline__ int row_of(int r_) const {
     const int in_warp = !T::kWFromRegisters ? r_ : T::kTransposedW ? 2 * r_ : r_ / 2 + r_ % 2 * 4;
     return warp * 16 + in_warp;
   }
-  // The thread's columns of out: half 0 or 1.
+  // The thread's two columns of out, half 0 and 1.
   __device__ __forceinline__ int n_of(int r_, int half) const { return n0 + row_of(r_) + half * T::kColumnStep; }
 
-  // Main loops: total = x * W^T of the tile, in the scale of x's rows.
+  // Main loops: total = x * W^T of the tile, in the scales of x's rows.
   __device__ __forceinline__ void multiply();
   __device__ __forceinline__ void multiply_panel(float* sums, uint32_t w, bool is_first);
   __device__ __forceinline__ void multiply_converted(int panels);
@@ -1302,8 +1346,8 @@ template <typename T> struct Consumer {
   __device__ __forceinline__ void multiply_from_registers();
   __device__ __forceinline__ void clear_total();
   __device__ __forceinline__ void scale_total(const float (&factors)[2]);
-  __device__ __forceinline__ void add_partial(float* to, const float* partial, const float (&inverse)[2]);
-  __device__ __forceinline__ void load_inverses(float (&inverse)[2]);
+  __device__ __forceinline__ void add_partial(float* to, const float* partial, const float (&w_inverse)[2]);
+  __device__ __forceinline__ void load_w_inverses(float (&w_inverse)[2]);
   __device__ __forceinline__ void release_w(WRing& ring, uint32_t zero = 0);
   __device__ __forceinline__ void release_x(XRing& ring);
   __device__ __forceinline__ void await_turn();
@@ -1313,20 +1357,21 @@ template <typename T> struct Consumer {
   __device__ __forceinline__ void finish_shared_tile();
   template <int kBlocks> __device__ __forceinline__ void send_sums();
   __device__ __forceinline__ uint32_t sums_address(int from, int to) const;
-  __device__ __forceinline__ uint32_t inverses_address(int from, int to) const;
+  __device__ __forceinline__ uint32_t w_inverses_address(int from, int to) const;
   // Lost sums.
-  __device__ __forceinline__ void note_inverse(const float (&inverse)[2]);
+  __device__ __forceinline__ void note_w_inverse(const float (&w_inverse)[2]);
   __device__ __forceinline__ void find_limits();
   __device__ __forceinline__ bool are_lost(float first, float second, bool (&lost)[2]) const;
   template <int kGroups> __device__ __forceinline__ bool may_be_lost(const float* sums) const;
   template <int kGroups> __device__ __forceinline__ void mark_lost(int m, float* sums) const;
   // Stores.
-  __device__ __forceinline__ float2 inverses_of_x(int m) const;
+  __device__ __forceinline__ float2 x_inverses(int m) const;
   template <int kGroups>
-  __device__ __forceinline__ void finish(int m, float* sums, float2 first_inverses, float& check);
+  __device__ __forceinline__ void finish(int m, float* sums, float2 first_x_inverses, float& check);
   template <int kGroups>
-  __device__ __forceinline__ void store_float(Element* to, bool is_z, int m, const float* sums, float2 first_inverses,
+  __device__ __forceinline__ void store_float(Element* to, bool is_z, int m, const float* sums, float2 first_x_inverses,
                                               float& check) const;
+  __device__ __forceinline__ void note_not_finite(float check) const;
   template <int kGroups>
   __device__ __forceinline__ void store_pairs(Element* to, bool is_z, int m, const float* sums) const;
   __device__ __forceinline__ void store_boxes(const CUtensorMap* map, bool is_z, const float* sums) const;
@@ -1346,29 +1391,29 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::clear_total()
   for (int i = 0; i < T::kRows / 2; ++i) total[i] = 0;
 }
 
-// factors: of row r and row r + 8.
+// factors: for W's rows r and r + 8.
 template <typename T> __device__ __forceinline__ void Consumer<T>::scale_total(const float (&factors)[2]) {
 #pragma unroll
   for (int i = 0; i < T::kRows / 2; ++i) total[i] *= factors[i / 2 % 2];
 }
 
 template <typename T>
-__device__ __forceinline__ void Consumer<T>::add_partial(float* to, const float* partial, const float (&inverse)[2]) {
+__device__ __forceinline__ void Consumer<T>::add_partial(float* to, const float* partial, const float (&w_inverse)[2]) {
 #pragma unroll
-  for (int i = 0; i < T::kPanelRows / 2; ++i) to[i] = fmaf(partial[i], inverse[i / 2 % 2], to[i]);
+  for (int i = 0; i < T::kPanelRows / 2; ++i) to[i] = fmaf(partial[i], w_inverse[i / 2 % 2], to[i]);
 }
 
-// The inverses of the scales of a stage of converted W.
-template <typename T> __device__ __forceinline__ void Consumer<T>::load_inverses(float (&inverse)[2]) {
-  const uint32_t from = block.shared + Shared::kInverses + w_ring.stage * T::kInverseBytes + row_of(lane / 4) * 4;
-  inverse[0] = ld_shared(from), inverse[1] = ld_shared(from + T::kColumnStep * 4);
+// Loads the inverses of the thread's two rows' scales, from a stage of converted W.
+template <typename T> __device__ __forceinline__ void Consumer<T>::load_w_inverses(float (&w_inverse)[2]) {
+  const uint32_t from = shared + Shared::kWInverses + w_ring.stage * T::kWInverseBytes + row_of(lane / 4) * 4;
+  w_inverse[0] = ld_shared(from), w_inverse[1] = ld_shared(from + T::kColumnStep * 4);
 }
 
-// zero: zero_after of what was read from the stage by loads, so that it is not released before they return.
+// zero: zero_after of what was loaded from the stage, so that it is not released before the loads return.
 template <typename T> __device__ __forceinline__ void Consumer<T>::release_w(WRing& ring, uint32_t zero) {
   const uint32_t barrier = ring.empty_barrier() + zero;
   if (!T::kSharesW && lane == 0) mbarrier_arrive(barrier);
-  if (T::kSharesW) {  // every thread here, for the inverses that it has read, and a warp's first there
+  if (T::kSharesW) {  // every thread in this block, for the inverses that it has read; a warp's first in the other
     __syncwarp();
     mbarrier_arrive(barrier);
     if (lane == 0) mbarrier_arrive_remote(barrier, block.rank ^ 1);
@@ -1391,39 +1436,39 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::give_turn() {
   if (T::kTakesTurns) bar_arrive(kTurnBarriers + 1 - warpgroup, kConsumerThreads);
 }
 
-// Adds a panel's products with a block of W to sums, both operands from shared memory. w: W's descriptor.
+// Adds a panel's products with a block of W to sums, both operands from shared memory. w: the descriptor of W.
 template <typename T>
 __device__ __forceinline__ void Consumer<T>::multiply_panel(float* sums, uint32_t w, bool is_first) {
-  using Multiplied = typename T::Multiplied;
-  using Product = Wgmma<T::kPanelRows>;
+  auto multiply_step = [&](uint32_t a, uint32_t b, bool adds) {
+    Wgmma<T::kPanelRows>::template multiply<typename T::Multiplied>(sums, kDescriptorUpper | a, kDescriptorUpper | b,
+                                                                    adds);
+  };
   x_ring.wait_full();
   const uint32_t x = matrix_descriptor(x_ring.address());
   await_turn();
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < 4 && T::kParts == 2; ++step) {  // 16 k are 32 bytes, which is 2 in a descriptor
-    const uint64_t a = kDescriptorUpper | (w + 2 * step), b = kDescriptorUpper | (x + 2 * step);
-    Product::template multiply<Multiplied>(sums, a + T::kConvertedPartBytes / 16, b, !is_first || step > 0);
-    Product::template multiply<Multiplied>(sums, a, b + T::kXPartBytes / 16, 1);
+    multiply_step(w + T::kConvertedPartBytes / 16 + 2 * step, x + 2 * step, !is_first || step > 0);
+    multiply_step(w + 2 * step, x + T::kXPartBytes / 16 + 2 * step, true);
   }
 #pragma unroll
   for (int step = 0; step < 4; ++step)
-    Product::template multiply<Multiplied>(sums, kDescriptorUpper | (w + 2 * step), kDescriptorUpper | (x + 2 * step),
-                                           T::kParts == 2 || !is_first || step > 0);
+    multiply_step(w + 2 * step, x + 2 * step, T::kParts == 2 || !is_first || step > 0);
   wgmma_commit_group();
   give_turn();
 }
 
-// From what the converters make, each block of k promoted.
+// The main loop of tiles of 256 rows of fp16x3: W comes from the converters, and each block of k is promoted.
 template <typename T> __device__ __forceinline__ void Consumer<T>::multiply_converted(int panels) {
-  float partial[T::kPanelRows / 2];  // of a block of k and a panel
+  float partial[T::kPanelRows / 2];  // the sums of a block of k and a panel
   clear_total();
 #pragma unroll 1
   for (int left = block.k_end() - block.k_begin(); left > 0; --left) {
     w_ring.wait_full();
-    float inverse[2];
-    load_inverses(inverse);
-    note_inverse(inverse);
+    float w_inverse[2];
+    load_w_inverses(w_inverse);
+    note_w_inverse(w_inverse);
     const uint32_t w = matrix_descriptor(w_ring.address() + warpgroup * (64 * 128));
 #pragma unroll
     for (int panel = 0; panel < T::kPanels; ++panel) {
@@ -1432,23 +1477,23 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::multiply_conv
       wgmma_wait_group<0>();
       release_x(x_ring);
       add_partial(total + panel * (T::kPanelRows / 2), partial,
-                  {inverse[0] * kCorrection, inverse[1] * kCorrection});
+                  {w_inverse[0] * kCorrection, w_inverse[1] * kCorrection});
     }
-    release_w(w_ring, zero_after(inverse[0]) + zero_after(inverse[1]));
+    release_w(w_ring, zero_after(w_inverse[0]) + zero_after(w_inverse[1]));
   }
 }
 
-// From registers, converted here, each block of k promoted. While the tensor cores multiply one step, this warp splits
-// the next and loads the next block into the registers that become free. A block is entered with its scale known and
-// step 0 split.
+// The main loop of tiles that convert W themselves and multiply it from registers; each block of k is promoted. While
+// the tensor cores multiply one step, this warp splits the next and loads the next block into the registers that become
+// free. A block is entered with its scale known and step 0 split.
 template <typename T> __device__ __forceinline__ void Consumer<T>::multiply_from_registers() {
   using Product = Wgmma<T::kPanelRows>;
   constexpr int kStepsEach = 4 / T::kPartials;
-  float partial[T::kPartials][T::kPanelRows / 2];  // of a block of k, each of some of its steps
+  float partial[T::kPartials][T::kPanelRows / 2];  // the sums of a block of k, each of some of its steps
   const int r = lane / 4, q = lane % 4;
-  WBlock w;
-  uint32_t hi[4][4], lo[2][4];  // fragments, of each step; lo's in turns: one is multiplied while the other is made
-  // The thread's first bytes in a stage. Transposed: in row k = 2q of the box that has the warp's columns.
+  WFragments w;
+  uint32_t hi[4][4], lo[2][4];  // fragments of each step; those of lo take turns: one is multiplied while one is made
+  // The thread's first bytes in a stage. A transposed W's lie in row k = 2q of the box that has the warp's columns.
   const uint32_t first = T::kTransposedW ? row_of(0) / 32 * (kTileK * 128) + 2 * q * 128 +
                                                ((row_of(r) % 32 / 4) ^ (2 * q)) * 16 + row_of(r) % 4 * 4
                                          : row_of(r) * 128 + (q ^ row_of(r) % 8) * 16;
@@ -1459,7 +1504,7 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::multiply_from
     else
       load_step(w, step, address);
   };
-  // The scales of what was loaded, after which the stage is given back. They need all of it, and the release is made to
+  // Finds the scales of what was loaded and gives the stage back. The scales need all of it, and the release is made to
   // depend on them: issued right behind the loads, it would overtake those that wait behind queued wgmmas.
   auto find_scales = [&] {
     w.scale[0] = scale_of_row(w, 0), w.scale[1] = scale_of_row(w, 1);
@@ -1470,9 +1515,9 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::multiply_from
     return kDescriptorUpper | (matrix_descriptor(x_ring.address()) + part * (T::kXPartBytes / 16) + 2 * step);
   };
   auto multiply_block = [&](bool has_next, float correction) {
-    const float inverse[2] = {inverse_of(w.scale[0]), inverse_of(w.scale[1])};
-    const float factors[2] = {inverse[0] * correction, inverse[1] * correction};
-    note_inverse(inverse);
+    const float w_inverse[2] = {inverse_of(w.scale[0]), inverse_of(w.scale[1])};
+    const float factors[2] = {w_inverse[0] * correction, w_inverse[1] * correction};
+    note_w_inverse(w_inverse);
     x_ring.wait_full();
     if (has_next) w_ring.wait_full();
     await_turn();
@@ -1534,28 +1579,30 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::multiply_from
   }
 }
 
-// The tensor core adds up all of K, both operands from shared memory; a block is released when the next one's products
-// are issued.
+// The main loop in which the tensor core adds up all of K, both operands from shared memory. A block is released when
+// the next one's products are issued.
 template <typename T> __device__ __forceinline__ void Consumer<T>::multiply_whole(int panels) {
   WRing w_done = w_ring;
   XRing x_done = x_ring;
-  float inverse[2] = {1, 1};
-  auto release_read_w = [&] { release_w(w_done, T::kSharesW ? zero_after(inverse[0]) + zero_after(inverse[1]) : 0); };
-  // What no panel of x is multiplied with must not look like a product that is not finite. It also tells the compiler
-  // that what total has been is needed no more.
+  float w_inverse[2] = {1, 1};
+  auto release_read_w = [&] {
+    release_w(w_done, T::kSharesW ? zero_after(w_inverse[0]) + zero_after(w_inverse[1]) : 0);
+  };
+  // Sums of a panel without rows of x must not look like products that are not finite. Clearing also tells the compiler
+  // that what total was before is needed no more.
   if (T::kSharesW) clear_total();
 #pragma unroll 1
   for (int k_block = block.k_begin(); k_block < block.k_end(); ++k_block) {
     w_ring.wait_full();
     if constexpr (T::kSharesW) {  // a larger entry of W may have made a scale smaller
       float now[2];
-      load_inverses(now);
-      const bool differs = k_block > block.k_begin() && (now[0] != inverse[0] || now[1] != inverse[1]);
+      load_w_inverses(now);
+      const bool differs = k_block > block.k_begin() && (now[0] != w_inverse[0] || now[1] != w_inverse[1]);
       if (__any_sync(~0u, differs)) {
         wgmma_wait_group<0>();
-        scale_total({inverse[0] * inverse_of(now[0]), inverse[1] * inverse_of(now[1])});
+        scale_total({w_inverse[0] * inverse_of(now[0]), w_inverse[1] * inverse_of(now[1])});
       }
-      inverse[0] = now[0], inverse[1] = now[1];
+      w_inverse[0] = now[0], w_inverse[1] = now[1];
     }
     const uint32_t w = matrix_descriptor(w_ring.address() + warpgroup * (64 * 128));
 #pragma unroll
@@ -1573,11 +1620,11 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::multiply_whol
   }
   wgmma_wait_group<0>();
   if (panels > 0) release_read_w(), release_x(x_done);
-  if constexpr (T::kSharesW) scale_total(inverse), note_inverse(inverse);
+  if constexpr (T::kSharesW) scale_total(w_inverse), note_w_inverse(w_inverse);
 }
 
 template <typename T> __device__ __forceinline__ void Consumer<T>::multiply() {
-  largest_inverse[0] = largest_inverse[1] = 0;
+  largest_w_inverse[0] = largest_w_inverse[1] = 0;
   if constexpr (!T::kPromotesEachBlock)
     multiply_whole(block.panels(m0));
   else if constexpr (T::kSharesW)
@@ -1586,33 +1633,33 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::multiply() {
     multiply_from_registers();
   if constexpr (T::kKernel == Kernel::kFp16x1Staged) {
     auto inverse_at = [&](int half) { return RowScale{args.w_split.inverse_scale[n_of(lane / 4, half)]}.inverse(); };
-    const float inverse[2] = {inverse_at(0), inverse_at(1)};
-    scale_total(inverse);
-    note_inverse(inverse);
+    const float w_inverse[2] = {inverse_at(0), inverse_at(1)};
+    scale_total(w_inverse);
+    note_w_inverse(w_inverse);
   }
 }
 
 // ---- The exchange between blocks that split K
 //
-// Every block adds up what all have for its groups of rows, in the order of k. So all send it theirs, as [other block]
-// [group of the receiver's][thread][4], and largest_inverse, which a row's four lanes have in common, as [other block]
-// [consumer warp][r][row r, row r + 8]. Its own it keeps as [group][thread][4] where W's ring was: st.async is not
-// defined where a cluster has one block.
+// Every block adds up what all have for its groups of rows, in the order of k. So all others send it their sums, as
+// [other block][group of the receiver's][thread][4], and largest_w_inverse, which a row's four lanes have in common, as
+// [other block][consumer warp][r][row r, row r + 8]. It keeps its own as [group][thread][4] where W's ring was:
+// st.async is not defined where a cluster has one block.
 
 template <typename T> __device__ __forceinline__ uint32_t Consumer<T>::sums_address(int from, int to) const {
-  return block.shared + Shared::kSums + (from - (from > to)) * block.part.groups_per_block * kGroupBytes +
+  return shared + Shared::kSums + (from - (from > to)) * block.part.groups_per_block * kGroupBytes +
          16 * (threadIdx.x - (T::kThreads - kConsumerThreads));
 }
-template <typename T> __device__ __forceinline__ uint32_t Consumer<T>::inverses_address(int from, int to) const {
-  return block.shared + Shared::kSums + T::kSentGroupBytes + (from - (from > to)) * T::kSentInverseBytes +
+template <typename T> __device__ __forceinline__ uint32_t Consumer<T>::w_inverses_address(int from, int to) const {
+  return shared + Shared::kSums + T::kSentGroupBytes + (from - (from > to)) * T::kSentWInverseBytes +
          (warp * 8 + r) * 8;
 }
 
-// kBlocks: the cluster's, known to the compiler so that few instructions are left.
+// kBlocks, the cluster's number of blocks, is known to the compiler so that few instructions are left.
 template <typename T> template <int kBlocks> __device__ __forceinline__ void Consumer<T>::send_sums() {
   constexpr int kShare = (T::kGroups + kBlocks - 1) / kBlocks;
   static_assert(T::kGroups * kGroupBytes <= T::kWStages * T::kWStageBytes);
-  const uint32_t own = block.shared + Shared::kW + 16 * (threadIdx.x - (T::kThreads - kConsumerThreads));
+  const uint32_t own = shared + Shared::kW + 16 * (threadIdx.x - (T::kThreads - kConsumerThreads));
 #pragma unroll
   for (int owner = 0; owner * kShare < T::kGroups; ++owner) {
     const float* its = total + owner * kShare * 4;
@@ -1622,11 +1669,11 @@ template <typename T> template <int kBlocks> __device__ __forceinline__ void Con
       for (int group = 0; group < groups; ++group) st_shared_v4(own + group * kGroupBytes, its + 4 * group);
     } else {
       const uint32_t to = mapa(sums_address(block.rank, owner), owner),
-                     barrier = mapa(block.shared + Shared::kSumsFull, owner);
+                     barrier = mapa(shared + Shared::kSumsFull, owner);
 #pragma unroll
       for (int group = 0; group < groups; ++group) st_async_v4(to + group * kGroupBytes, its + 4 * group, barrier);
       if (T::kIsFloat && q == 0)
-        st_async_v2(mapa(inverses_address(block.rank, owner), owner), largest_inverse, barrier);
+        st_async_v2(mapa(w_inverses_address(block.rank, owner), owner), largest_w_inverse, barrier);
     }
   }
 }
@@ -1635,8 +1682,8 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::finish_shared
   const int rank = int(block.rank), blocks = int(block.blocks), first = block.part.first_group,
             last = block.part.last_group;
   // Loaded before the waiting that follows, which hides how long the L2 cache takes.
-  float2 next_inverses = {};
-  if (T::kIsFloat) next_inverses = inverses_of_x(m0 + min(first, T::kGroups - 1) * 8 + 2 * q);
+  float2 next_x_inverses = {};
+  if (T::kIsFloat) next_x_inverses = x_inverses(m0 + min(first, T::kGroups - 1) * 8 + 2 * q);
   bar_sync(kConsumersBarrier, kConsumerThreads);  // both warpgroups are done with W's ring
   barrier_cluster_wait();
   static_assert(kMaxSplits == 4);
@@ -1645,24 +1692,24 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::finish_shared
   if (blocks == 3) send_sums<3>();
   if (blocks == 4) send_sums<4>();
   if (first < last) {
-    mbarrier_wait_cluster(block.shared + Shared::kSumsFull, 0);
+    mbarrier_wait_cluster(shared + Shared::kSumsFull, 0);
 #pragma unroll 1
     for (int other = 0; T::kIsFloat && other < blocks; ++other) {
       if (other == rank) continue;
-      const float2 theirs = ld_shared_v2(inverses_address(other, rank));
-      note_inverse({theirs.x, theirs.y});
+      const float2 theirs = ld_shared_v2(w_inverses_address(other, rank));
+      note_w_inverse({theirs.x, theirs.y});
     }
   }
   find_limits();
-  const uint32_t own = block.shared + Shared::kW + 16 * (threadIdx.x - (T::kThreads - kConsumerThreads));
-  uint32_t parts[kMaxSplits];  // of this block's first group
+  const uint32_t own = shared + Shared::kW + 16 * (threadIdx.x - (T::kThreads - kConsumerThreads));
+  uint32_t parts[kMaxSplits];  // the addresses of all blocks' sums, for the group in hand
 #pragma unroll
   for (int other = 0; other < kMaxSplits; ++other) parts[other] = other == rank ? own : sums_address(other, rank);
   float check = 0;
 #pragma unroll 1
   for (int group = first; group < last; ++group) {
-    const float2 inverses = next_inverses;
-    if (T::kIsFloat) next_inverses = inverses_of_x(m0 + min(group + 1, last - 1) * 8 + 2 * q);
+    const float2 inverses = next_x_inverses;
+    if (T::kIsFloat) next_x_inverses = x_inverses(m0 + min(group + 1, last - 1) * 8 + 2 * q);
     float sums[4] = {};
 #pragma unroll
     for (int other = 0; other < kMaxSplits; ++other) {
@@ -1673,34 +1720,39 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::finish_shared
     }
     finish<1>(m0 + group * 8 + 2 * q, sums, inverses, check);
   }
-  not_finite |= check != 0;
+  note_not_finite(check);
 }
 
 // ---- Lost sums (float32)
 //
-// Where a row's large entries meet zeros, the result is made of those that have lost bits. Such sums are known by their
-// size: the epilogue marks them, as NaN, and they are computed again.
+// Small entries of a row lose bits where large ones set its scale. That does not matter while the large ones make the
+// result. Where they meet zeros it is made of the others. Such sums are known by their size: the epilogue marks them,
+// as NaN, and they are computed again.
 //
 // An entry so small in its scale, where the largest is below 2^15, that its last part is denormal is off by up to
 // 2^-25. Such errors of x or of W add up, at random, to 2^-25 * 2^15 * sqrt(k) times the largest inverse of W's scale,
-// in the scale of x's row. The limit is 2^18 times that, 2^11 with one product. A sum is lost if the thread's other
-// column is within its limit, too, or if it is 2^8 times below its own: one alone may be near 0 by chance. A row of W
-// that is 0 has limit 0, and always agrees; two have nothing to lose. With the largest scale there is, that of zeros
-// and of the smallest numbers, nothing is lost.
+// in the scale of x's row. The limit is 2^18 times that, 2^11 with one product. A sum is lost if it and the sum of the
+// thread's other column are within their limits, or if it is 2^8 times below its own: one alone may be near 0 by
+// chance. A row of W that is 0 has limit 0 and always agrees; two have nothing to lose. With the largest scale there
+// is, that of zeros and of the smallest numbers, nothing is lost.
+//
+// What is marked and how it is found: store_float adds NaN behind the activation wherever the product is not finite, so
+// that no activation can hide it, and sets kNotFinite in shared memory; Repair reads out to find its work. z is stored
+// without the activation. So a new activation need not know of any of this.
 
-template <typename T> __device__ __forceinline__ void Consumer<T>::note_inverse(const float (&inverse)[2]) {
+template <typename T> __device__ __forceinline__ void Consumer<T>::note_w_inverse(const float (&w_inverse)[2]) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) largest_inverse[half] = fmaxf(largest_inverse[half], inverse[half]);
+  for (int half = 0; half < 2; ++half) largest_w_inverse[half] = fmaxf(largest_w_inverse[half], w_inverse[half]);
 }
 
 template <typename T> __device__ __forceinline__ void Consumer<T>::find_limits() {
   const float factor = 0x1p-10f * (T::kParts == 2 ? 0x1p18f : 0x1p11f) * sqrtf(args.k);
 #pragma unroll
   for (int half = 0; half < 2; ++half)
-    limit[half] = largest_inverse[half] > kSmallestInverse ? factor * largest_inverse[half] : 0;
+    limit[half] = largest_w_inverse[half] > kSmallestInverse ? factor * largest_w_inverse[half] : 0;
 }
 
-// first, second: |sums| of the thread's two columns.
+// Whether a pair of sums has a lost one. first, second: |sums| of the thread's two columns.
 template <typename T>
 __device__ __forceinline__ bool Consumer<T>::are_lost(float first, float second, bool (&lost)[2]) const {
   const bool both = first <= limit[0] && second <= limit[1] && limit[0] + limit[1] > 0;
@@ -1708,7 +1760,7 @@ __device__ __forceinline__ bool Consumer<T>::are_lost(float first, float second,
   return lost[0] || lost[1];
 }
 
-// Any of these: nearly never.
+// Whether any of the sums may be lost: nearly never.
 template <typename T>
 template <int kGroups>
 __device__ __forceinline__ bool Consumer<T>::may_be_lost(const float* sums) const {
@@ -1722,8 +1774,8 @@ __device__ __forceinline__ bool Consumer<T>::may_be_lost(const float* sums) cons
   return are_lost(smallest[0], smallest[1], lost);
 }
 
-// A sum of 0 is taken for right, unless entries of x became zero. Code that rarely runs should be short: a loop, which
-// turns the sums by a group each time, so that they stay in registers.
+// Replaces lost sums by NaN. A sum of 0 is taken for right, unless entries of x became zero. Code that rarely runs
+// should be short, so this is a loop, which rotates the sums by a group each time to keep them in registers.
 template <typename T>
 template <int kGroups>
 __device__ __forceinline__ void Consumer<T>::mark_lost(int m, float* sums) const {
@@ -1747,33 +1799,41 @@ __device__ __forceinline__ void Consumer<T>::mark_lost(int m, float* sums) const
   }
 }
 
-// ---- Repair (float32): lost sums, and what NaN or Inf is part of, computed again
+// ---- Repair (float32): lost sums, and those with NaN or Inf, computed again
 //
-// A product that is not finite may be so because of the conversion (Inf - Inf in lo, an overflow of the scaled sum, or
-// a lost one). store_float has stored NaN there, whatever the activation is, which is how repair finds its work. It
-// runs behind the last tile, when the rings are no longer used.
+// A product that is not finite may be so because of the conversion: Inf - Inf in lo, an overflow of the scaled sum, or
+// a lost one. Repair computes all of them again, behind the last tile, when the rings are no longer used.
 //
-// Few: each by a warp, as a float32 dot product. Many: the block multiplies the whole panel again from three bf16
-// numbers per operand, which have float32's exponents, so that there are no scales and no range to fall out of: a = a1
-// + a2 + a3, each what the one before leaves, cut off after 8 bits, and six of the nine products; from two and three
-// products where TF32's 11 bits are enough. Every thread loads float32 from global memory, splits it and stores the
-// parts in shared memory, into one of two buffers, while the tensor cores multiply what is in the other. (Entries below
-// 2^-117 have parts too small for bf16, and keep fewer bits.)
-//
-// An Inf makes NaN of its parts. So what is not finite then is multiplied once more from a1 alone, which keeps Inf, 0
-// and signs: where that is not finite it is what a float32 sum would be.
+// Few lost sums: each by a warp, as a float32 dot product. Many: the tensor cores multiply all rows of the panel again.
+//   fp16x1  As TF32, whose exponents are float32's: there are no scales and no range to fall out of. TMA brings
+//   float32,
+//           threads round it in shared memory.
+//   fp16x3  From three bf16 numbers for each operand, which have float32's exponents, too: a = a1 + a2 + a3, each what
+//   the
+//           one before leaves, cut off after 8 bits, and six of the nine products. Every thread loads float32 from
+//           global memory, splits it and stores the parts in shared memory, into one of two buffers, while the tensor
+//           cores multiply what is in the other. Entries below 2^-117 have parts too small for bf16, and keep fewer
+//           bits. An Inf makes NaN of its parts. So what is not finite then is multiplied once more from a1 alone,
+//           which keeps Inf, 0 and signs: where that is not finite it is what a float32 sum would be.
 
 template <typename T> struct RepairLayout {
-  static constexpr int kRows = std::min(64, T::kPanelRows);  // at once, as many as registers allow
-  static constexpr int kSums = kRows / 2;                    // of a thread
-  static constexpr int kParts = T::kParts + 1;
+  static constexpr bool kIsTf32 = T::kParts == 1;
+  // Rows at once: all of a tile's as TF32, of three parts as many as registers allow.
+  static constexpr int kRows = kIsTf32 ? T::kRows : std::min(64, T::kPanelRows), kSums = kRows / 2;
+  static constexpr int kLostWords = (kSums + 31) / 32;  // a thread's, of a bit for each of its sums
+  static constexpr int kSumBytes = kSums * 4 * kConsumerThreads;
   static constexpr int kWPartBytes = kTileN * 128, kXPartBytes = kRows * 128;
-  static constexpr int kBufferBytes = kParts * (kWPartBytes + kXPartBytes);
-  static_assert(!T::kIsFloat || 2 * kBufferBytes <= SharedLayout<T>::kWFull, "the barriers lie behind");
+  static constexpr int kBufferBytes = 3 * (kWPartBytes + kXPartBytes);
+  static constexpr int kStageK = 32, kStageBytes = kWPartBytes + kXPartBytes;  // of float32
   static constexpr int kFewLost = 32;  // a warp's: about as long by dot products as the whole panel on the tensor cores
+  using Shared = SharedLayout<T>;
+  using FloatRing = Ring<std::max(1, T::kFloatStages), kStageBytes, 0, Shared::kFloatFull, Shared::kFloatFull>;
+  static_assert(!T::kIsFloat || (kIsTf32 ? T::kFloatStages * kStageBytes : 2 * kBufferBytes) <= Shared::kWFull &&
+                                    kSumBytes <= Shared::kWFull,
+                "the barriers lie behind");
 };
 
-// Two numbers' upper halves, which are bf16 numbers cut off after 8 bits, and what they leave.
+// Takes two numbers' upper halves, which are bf16 numbers cut off after 8 bits, and leaves the rest.
 __device__ __forceinline__ uint32_t take_bf16(float& a, float& b) {
   const uint32_t bits_a = __float_as_uint(a), bits_b = __float_as_uint(b);
   a -= __uint_as_float(bits_a & 0xffff0000), b -= __uint_as_float(bits_b & 0xffff0000);
@@ -1790,30 +1850,34 @@ template <typename Element> __device__ __forceinline__ float bias_of(const Argum
   return bias != nullptr && n < args.n ? to_compute(bias[n]) : 0;
 }
 
-// All consumers, after the last tile. It has its own Block: what it needs must not take registers before.
+// All consumers, after the last tile. Repair has its own Block, since what it needs must not take registers before.
 template <typename T> struct Repair {
   using Layout = RepairLayout<T>;
 
   const Block<T> block;
   const Arguments& args;
+  const TensorMaps& maps;
   const unsigned thread;
-  const int warp, warpgroup, r, q;  // among the consumers'
+  const int warp, warpgroup, r, q;  // warp and warpgroup count the consumers'
+  typename Layout::FloatRing ring;
   float total[Layout::kSums];
 
-  __device__ __forceinline__ Repair(const Arguments& args_, const uint8_t* shared_memory)
+  __device__ __forceinline__ Repair(const Arguments& args_, const TensorMaps& maps_, const uint8_t* shared_memory)
       : block(args_, shared_memory),
         args(args_),
+        maps(maps_),
         thread(threadIdx.x - (T::kThreads - kConsumerThreads)),
         warp(warp_index() - T::kFirstConsumerWarp),
         warpgroup(warp / 4),
         r(block.lane / 4),
-        q(block.lane % 4) {}
+        q(block.lane % 4),
+        ring{block.shared} {}
 
-  // Whether it is true in any of the consumers' threads, all of which must ask.
+  // Whether it is true in any consumer's thread. All of them must ask.
   static __device__ __forceinline__ bool any(bool of_this_thread) {
     return bar_red_or(kConsumersBarrier, kConsumerThreads, of_this_thread);
   }
-  // Four k of a row of x or W. Rows outside are not used, but must be read from somewhere.
+  // Loads four k of a row of x or W. What comes of rows outside is not used, but it must be read from somewhere.
   __device__ __forceinline__ float4 load_x(int m, int k) const {
     const float* x = static_cast<const float*>(args.x);
     return load_four(x + min(m, args.m - 1) * args.x_stride, k, args.k);
@@ -1825,48 +1889,69 @@ template <typename T> struct Repair {
     auto or_zero = [&](int k_) { return k_ < args.k ? w[k_ * args.w_stride + n] : 0; };
     return {or_zero(k), or_zero(k + 1), or_zero(k + 2), or_zero(k + 3)};
   }
-  template <int kParts> __device__ __forceinline__ void multiply(int m_first, int n_tile);
-  __device__ __forceinline__ void tiles(uint32_t not_finite);
+  template <int kParts> __device__ __forceinline__ void multiply_parts(int m_first, int n_tile);
+  __device__ __forceinline__ void multiply_tf32(int m_first, int n_tile);
+  __device__ __forceinline__ void tiles();
   __device__ __forceinline__ void tile(int m_tile, int n_tile);
 };
 
-// total = x * W^T for kRows rows of x from m_first on and the tile's columns, in the order of store_repaired.
+// total = x * W^T for kRows rows of x from m_first on and the tile's columns, from kParts bf16 parts.
 template <typename T>
 template <int kParts>
-__device__ __forceinline__ void Repair<T>::multiply(int m_first, int n_tile) {
-  float partial[Layout::kSums];  // of a block of k
-  // A thread's part of a block of W or of x: four k of every 16th row, or of a transposed W every other four k of a
-  // row.
-  float4 w[kTileN / 16], x[Layout::kRows / 16];
-  auto for_each_four = [&](auto& fours, bool by_rows, auto body) {
-    unsigned row = by_rows ? thread % kTileN : thread / 16, four = by_rows ? thread / kTileN : thread % 16;
-    // Or the compiler keeps what follows from them for the next block, in registers that it lacks.
-    asm volatile("" : "+r"(row), "+r"(four));
+__device__ __forceinline__ void Repair<T>::multiply_parts(int m_first, int n_tile) {
+  float partial[Layout::kSums];  // the sums of a block of k
+  // A thread's part of a block: four k of every 16th row, or of a transposed W every other four k of a row. What comes
+  // of rows outside is not used, but it must be read from somewhere.
+  constexpr int kWFours = kTileN / 16, kXFours = Layout::kRows / 16;
+  const unsigned row = thread / 16, four = thread % 16, row_t = thread % kTileN, four_t = thread / kTileN;
+  float4 w[kWFours], x[kXFours];
+  const float *w_next[T::kTransposedW ? 1 : kWFours], *x_next[kXFours];
+  const float* entries = static_cast<const float*>(args.w);
+  if (T::kTransposedW) w_next[0] = entries + 4 * four_t * args.w_stride + min(n_tile + int(row_t), args.n - 1);
 #pragma unroll
-    for (int i = 0; i < int(sizeof(fours) / sizeof(float4)); ++i)
-      body(fours[i], by_rows ? row : row + 16 * i, by_rows ? four + 2 * i : four);
+  for (int i = 0; i < kWFours && !T::kTransposedW; ++i)
+    w_next[i] = entries + min(n_tile + int(row) + 16 * i, args.n - 1) * args.w_stride + 4 * four;
+#pragma unroll
+  for (int i = 0; i < kXFours; ++i)
+    x_next[i] =
+        static_cast<const float*>(args.x) + min(m_first + int(row) + 16 * i, args.m - 1) * args.x_stride + 4 * four;
+  auto load = [&](int k0) {
+    const bool is_inside = k0 + int(4 * four) < args.k;
+#pragma unroll
+    for (int i = 0; i < kWFours; ++i) {
+      if constexpr (T::kTransposedW) {
+        const int left = args.k - k0 - 4 * int(four_t);
+        auto entry = [&](int k) { return k < left ? w_next[0][k * args.w_stride] : 0; };
+        w[i] = {entry(8 * i), entry(8 * i + 1), entry(8 * i + 2), entry(8 * i + 3)};
+      } else {
+        w[i] = is_inside ? *reinterpret_cast<const float4*>(w_next[i]) : float4{};
+        w_next[i] += kTileK;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kXFours; ++i) {
+      x[i] = is_inside ? *reinterpret_cast<const float4*>(x_next[i]) : float4{};
+      x_next[i] += kTileK;
+    }
+    if (T::kTransposedW) w_next[0] += kTileK * args.w_stride;
   };
-  auto load_w4 = [&](float4& v, unsigned row, unsigned four, int k0) { v = load_w(n_tile + row, k0 + 4 * four); };
-  auto load_x4 = [&](float4& v, unsigned row, unsigned four, int k0) { v = load_x(m_first + row, k0 + 4 * four); };
   // Splits four numbers and stores their parts, under the swizzle.
-  auto store_parts = [&](float4 v, unsigned row, unsigned four, uint32_t to, int part_bytes) {
-    const uint32_t address = to + row * 128 + (four / 2 ^ row % 8) * 16 + four % 2 * 8;
+  auto store_parts = [&](float4 v, unsigned row_, unsigned four_, uint32_t to, int part_bytes) {
+    const uint32_t address = to + row_ * 128 + (four_ / 2 ^ row_ % 8) * 16 + four_ % 2 * 8;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       const uint32_t first = take_bf16(v.x, v.y), second = take_bf16(v.z, v.w);
       st_shared_v2(address + part * part_bytes, first, second);
     }
   };
-  // Stores a block, and loads the next into the same registers.
-  auto stage = [&](uint32_t buffer, int k_next) {
-    for_each_four(w, T::kTransposedW, [&](float4& v, unsigned row, unsigned four) {
-      store_parts(v, row, four, buffer, Layout::kWPartBytes);
-      load_w4(v, row, four, k_next);
-    });
-    for_each_four(x, false, [&](float4& v, unsigned row, unsigned four) {
-      store_parts(v, row, four, buffer + kParts * Layout::kWPartBytes, Layout::kXPartBytes);
-      load_x4(v, row, four, k_next);
-    });
+  auto store = [&](uint32_t buffer) {
+#pragma unroll
+    for (int i = 0; i < kWFours; ++i)
+      store_parts(w[i], T::kTransposedW ? row_t : row + 16 * i, T::kTransposedW ? four_t + 2 * i : four, buffer,
+                  Layout::kWPartBytes);
+#pragma unroll
+    for (int i = 0; i < kXFours; ++i)
+      store_parts(x[i], row + 16 * i, four, buffer + kParts * Layout::kWPartBytes, Layout::kXPartBytes);
   };
   auto add_partial = [&] {
 #pragma unroll
@@ -1875,7 +1960,7 @@ __device__ __forceinline__ void Repair<T>::multiply(int m_first, int n_tile) {
   auto multiply_block = [&](uint32_t buffer) {
     const uint32_t w = matrix_descriptor(buffer + warpgroup * (64 * 128));
     const uint32_t x = matrix_descriptor(buffer + kParts * Layout::kWPartBytes);
-    bool adds = !T::kPromotesEachBlock;
+    bool adds = false;
     wgmma_fence();
 #pragma unroll
     for (int order = kParts - 1; order >= 0; --order)  // the smallest first
@@ -1884,33 +1969,88 @@ __device__ __forceinline__ void Repair<T>::multiply(int m_first, int n_tile) {
 #pragma unroll
         for (int step = 0; step < 4; ++step, adds = true)
           Wgmma<Layout::kRows>::template multiply<__nv_bfloat16>(
-              T::kPromotesEachBlock ? partial : total,
-              kDescriptorUpper | (w + part * (Layout::kWPartBytes / 16) + 2 * step),
+              partial, kDescriptorUpper | (w + part * (Layout::kWPartBytes / 16) + 2 * step),
               kDescriptorUpper | (x + (order - part) * (Layout::kXPartBytes / 16) + 2 * step), adds);
     wgmma_commit_group();
   };
 
 #pragma unroll
   for (int i = 0; i < Layout::kSums; ++i) total[i] = 0;
-  for_each_four(w, T::kTransposedW, [&](float4& v, unsigned row, unsigned four) { load_w4(v, row, four, 0); });
-  for_each_four(x, false, [&](float4& v, unsigned row, unsigned four) { load_x4(v, row, four, 0); });
+  load(0);
 #pragma unroll 1
   for (int k0 = 0; k0 < args.k; k0 += kTileK) {
     const uint32_t buffer = block.shared + k0 / kTileK % 2 * Layout::kBufferBytes;
-    stage(buffer, k0 + kTileK);
+    store(buffer);
+    load(k0 + kTileK);
     fence_proxy_async_shared();
     wgmma_wait_group<0>();  // the block before, whose buffer is then free
-    if (T::kPromotesEachBlock && k0 > 0) add_partial();
+    if (k0 > 0) add_partial();
     bar_sync(kConsumersBarrier, kConsumerThreads);
     multiply_block(buffer);
   }
   wgmma_wait_group<0>();
-  if (T::kPromotesEachBlock) add_partial();
+  add_partial();
   bar_sync(kConsumersBarrier, kConsumerThreads);  // both buffers are free
 }
 
-// Of a tile, what this block has of it.
+// The nearest TF32 number; the tensor core would cut off.
+__device__ __forceinline__ float round_to_tf32(float v) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(v));
+  return __uint_as_float(rounded);
+}
+
+// The same as TF32: TMA brings float32, all threads round a block in place while the one before is multiplied, and the
+// tensor cores add up all of K.
+template <typename T> __device__ __forceinline__ void Repair<T>::multiply_tf32(int m_first, int n_tile) {
+  const int k_blocks = (args.k + Layout::kStageK - 1) / Layout::kStageK;
+  auto next = ring;  // to be filled
+  auto fetch = [&](int k_block) {
+    if (thread == 0 && k_block < k_blocks) {
+      const uint32_t barrier = next.full_barrier(), to = next.address();
+      mbarrier_arrive_expect_tx(barrier, Layout::kStageBytes);
+      cp_async_bulk_tensor_2d(to, &maps.float_w, k_block * Layout::kStageK, n_tile, barrier, 1 << block.rank);
+      cp_async_bulk_tensor_2d(to + Layout::kWPartBytes, &maps.float_x, k_block * Layout::kStageK, m_first, barrier,
+                              1 << block.rank);
+    }
+    next.advance();
+  };
+  fence_proxy_async_shared();  // or what threads have stored here might come after what TMA brings
+  bar_sync(kConsumersBarrier, kConsumerThreads);
+  static_assert(T::kFloatStages == 4);
+  fetch(0), fetch(1);
+#pragma unroll 1
+  for (int k_block = 0; k_block < k_blocks; ++k_block, ring.advance()) {
+    ring.wait_full();
+#pragma unroll 4
+    for (int at = thread * 16; at < Layout::kStageBytes; at += kConsumerThreads * 16) {
+      const float4 v = ld_shared_v4(ring.address() + at);
+      const float rounded[4] = {round_to_tf32(v.x), round_to_tf32(v.y), round_to_tf32(v.z), round_to_tf32(v.w)};
+      st_shared_v4(ring.address() + at, rounded);
+    }
+    fence_proxy_async_shared();
+    bar_sync(kConsumersBarrier, kConsumerThreads);
+    fetch(k_block + 2);  // where the block before the last was, with which both warpgroups were done at this barrier
+    const uint32_t w = matrix_descriptor(ring.address() + warpgroup * (64 * 128));
+    const uint32_t x = matrix_descriptor(ring.address() + Layout::kWPartBytes);
+    wgmma_fence();
+#pragma unroll
+    for (int panel = 0; panel < T::kPanels; ++panel)
+#pragma unroll
+      for (int step = 0; step < 4; ++step)  // 8 k are 32 bytes
+        Wgmma<T::kPanelRows>::template multiply<float>(
+            total + panel * (T::kPanelRows / 2), kDescriptorUpper | (w + 2 * step),
+            kDescriptorUpper | (x + panel * (T::kPanelRows * 128 / 16) + 2 * step), k_block > 0 || step > 0);
+    wgmma_commit_group();
+    wgmma_wait_group<1>();
+  }
+  wgmma_wait_group<0>();
+  bar_sync(kConsumersBarrier, kConsumerThreads);
+}
+
+// Repairs what this block stores of a tile.
 template <typename T> __device__ __forceinline__ void Repair<T>::tile(int m_tile, int n_tile) {
+  constexpr int kWords = Layout::kLostWords;
   float *out = static_cast<float*>(args.out), *z = static_cast<float*>(args.z);
   const int m_begin = T::kSplitK ? m_tile + block.part.first_group * 8 : m_tile;
   const int m_end = min(T::kSplitK ? m_tile + block.part.last_group * 8 : m_tile + T::kRows, args.m);
@@ -1918,100 +2058,124 @@ template <typename T> __device__ __forceinline__ void Repair<T>::tile(int m_tile
     const int64_t at = int64_t(m) * args.n + n;
     const float value = product + bias_of<float>(args, n);
     if (z != nullptr) z[at] = value;
-    out[at] = activation(value, args.scale);
+    out[at] = activation(value, args.s);
   };
 #pragma unroll 1
   for (int m_first = m_tile; m_first < m_end; m_first += Layout::kRows) {
-    // A thread's sums, as wgmma has them: number i is row m_of(i) and column n_of(i).
+    // A thread's sums, as wgmma has them.
     auto row_of_sum = [&](int i) { return m_first + i / 4 * 8 + 2 * q + i % 2; };
     auto column_of_sum = [&](int i) { return n_tile + warp * 16 + r + i / 2 % 2 * 8; };
-    uint32_t lost = 0;
+    uint32_t lost[kWords];  // a bit for each of them
+    int count = 0;
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) {
+      lost[word] = 0;
 #pragma unroll 4
-    for (int i = 0; i < Layout::kSums; ++i) {
-      const int m = row_of_sum(i), n = column_of_sum(i);
-      if (m >= m_begin && m < m_end && n < args.n && !(fabsf(out[int64_t(m) * args.n + n]) < INFINITY)) lost |= 1u << i;
+      for (int bit = 0; bit < Layout::kSums / kWords; ++bit) {
+        const int i = word * 32 + bit, m = row_of_sum(i), n = column_of_sum(i);
+        const bool is_inside = m >= m_begin && m < m_end && n < args.n;
+        if (is_inside && !(fabsf(out[int64_t(m) * args.n + n]) < INFINITY)) lost[word] |= 1u << bit;
+      }
+      count += __popc(lost[word]);
     }
-    // Stores the lost sums that `total` has finite, or those that it has not, and says whether some are left. Through
-    // shared memory, so that they can be indexed.
+    // Stores those of the lost sums that are finite in `total`, or those that are not, and says whether some are left.
+    // Through shared memory, so that they can be indexed.
     auto store_where = [&](bool is_finite) {
       const uint32_t mine = block.shared + 4 * thread;
+      bool is_left = false;
 #pragma unroll
       for (int i = 0; i < Layout::kSums; ++i) st_shared(mine + i * (4 * kConsumerThreads), total[i]);
-      for (uint32_t left = lost; left != 0; left &= left - 1) {
-        const int i = __ffs(left) - 1;
-        const float sum = ld_shared(mine + i * (4 * kConsumerThreads));
-        if ((fabsf(sum) < INFINITY) == is_finite) store(row_of_sum(i), column_of_sum(i), sum), lost ^= 1u << i;
+#pragma unroll
+      for (int word = 0; word < kWords; ++word) {
+#pragma unroll 1
+        for (uint32_t left = lost[word]; left != 0; left &= left - 1) {
+          const int bit = __ffs(left) - 1, i = word * 32 + bit;
+          const float sum = ld_shared(mine + i * (4 * kConsumerThreads));
+          if ((fabsf(sum) < INFINITY) == is_finite)
+            store(row_of_sum(i), column_of_sum(i), sum), lost[word] ^= 1u << bit;
+        }
+        is_left |= lost[word] != 0;
       }
-      return lost != 0;
+      return is_left;
     };
-    if (any(__reduce_add_sync(~0u, __popc(lost)) > Layout::kFewLost)) {
-      multiply<Layout::kParts>(m_first, n_tile);
-      if (any(store_where(true))) {
-        multiply<1>(m_first, n_tile);
-        store_where(false);
+    if (any(__reduce_add_sync(~0u, count) > Layout::kFewLost)) {
+      if constexpr (Layout::kIsTf32) {
+        multiply_tf32(m_first, n_tile);
+        store_where(true), store_where(false);
+      } else {
+        multiply_parts<3>(m_first, n_tile);
+        if (any(store_where(true))) {
+          multiply_parts<1>(m_first, n_tile);
+          store_where(false);
+        }
       }
     }
-    for (unsigned lanes; (lanes = __ballot_sync(~0u, lost != 0)) != 0;) {
-      const int owner = __ffs(lanes) - 1, i = __ffs(lost) - 1;
-      const int m = __shfl_sync(~0u, row_of_sum(i), owner), n = __shfl_sync(~0u, column_of_sum(i), owner);
-      float sum = 0;
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) {
+#pragma unroll 1
+      for (unsigned lanes; (lanes = __ballot_sync(~0u, lost[word] != 0)) != 0;) {
+        const int owner = __ffs(lanes) - 1, i = word * 32 + __ffs(lost[word]) - 1;
+        const int m = __shfl_sync(~0u, row_of_sum(i), owner), n = __shfl_sync(~0u, column_of_sum(i), owner);
+        float sum = 0;
 #pragma unroll 4
-      for (int k = block.lane * 4; k < args.k; k += 128) sum = add_dot(load_w(n, k), load_x(m, k), sum);
-      for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-      if (block.lane == owner) {
-        store(m, n, sum);
-        lost &= lost - 1;
+        for (int k = block.lane * 4; k < args.k; k += 128) sum = add_dot(load_w(n, k), load_x(m, k), sum);
+        for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+        if (block.lane == owner) {
+          store(m, n, sum);
+          lost[word] &= lost[word] - 1;
+        }
       }
     }
   }
 }
 
-// not_finite: as in Consumer.
-template <typename T> __device__ __forceinline__ void Repair<T>::tiles(uint32_t not_finite) {
+// Repairs all tiles of this block.
+template <typename T> __device__ __forceinline__ void Repair<T>::tiles() {
   // Through shuffles, or the compiler keeps what follows from them throughout the kernel.
   auto hidden = [](auto value) { return __shfl_sync(~0u, value, 0); };
   const TileScheduler<T> scheduler{hidden(args.m), hidden(args.n)};
-  int number = 0;
-  scheduler.for_each_tile(block.rank, hidden(block.blocks), hidden(gridDim.x), [&](int m0, int n0) {
-    if (any(not_finite >> min(number++, 31) & 1)) tile(m0, n0);
-  });
+  scheduler.for_each_tile(block.rank, hidden(block.blocks), hidden(gridDim.x), [&](int m0, int n0) { tile(m0, n0); });
 }
 
 // ---- Stores
 //
-// Groups of 8 rows: four of a thread's elements, two rows of out from m = the group's first + 2q and two columns, as
+// Of a group of 8 rows a thread has four elements: two rows of out, from the group's first + 2q on, and two columns, as
 // [column][row]. A warp's stores fill whole 32-byte sectors. z is stored by the same code as out, in a pass of its own.
 // Measured: what is rarely executed should be short or far away, since instructions are read from memory, too.
 
-// The inverses of the scales of x's rows m and m + 1, as RowScale has them.
-template <typename T> __device__ __forceinline__ float2 Consumer<T>::inverses_of_x(int m) const {
+// The inverses of the scales of x's rows m and m + 1, as in RowScale.
+template <typename T> __device__ __forceinline__ float2 Consumer<T>::x_inverses(int m) const {
   return *reinterpret_cast<const float2*>(args.x_split.inverse_scale + m);
 }
 
-// Float32. Where a product is not finite what is stored is NaN, whatever the activation is: repair looks for those.
-// check: NaN once there was one.
+// Stores float32. Where a product is not finite it stores NaN, whatever the activation is: repair looks for those.
+// check becomes NaN with the first.
 template <typename T>
 template <int kGroups>
 __device__ __forceinline__ void Consumer<T>::store_float(Element* to, bool is_z, int m, const float* sums,
-                                                         float2 first_inverses, float& check) const {
+                                                         float2 first_x_inverses, float& check) const {
   to += int64_t(m) * args.n + n_of(r, 0);
 #pragma unroll
   for (int group = 0; group < kGroups; ++group, to += 8 * int64_t(args.n)) {
-    const float2 both = group == 0 ? first_inverses : inverses_of_x(m + 8 * group);
+    const float2 both = group == 0 ? first_x_inverses : x_inverses(m + 8 * group);
     const RowScale rows[2] = {{both.x}, {both.y}};
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const float product = sums[4 * group + e] * rows[e % 2].inverse();
       const float nan_unless_finite = product * 0;
       check += nan_unless_finite;
-      const float value = product + bias[e / 2], stored = select(is_z, value, activation(value, args.scale));
+      const float value = product + bias[e / 2], stored = select(is_z, value, activation(value, args.s));
       if (m + group * 8 + e % 2 < args.m && n_of(r, e / 2) < args.n)
         (e % 2 ? to + args.n : to)[e / 2 * T::kColumnStep] = stored + nan_unless_finite;
     }
   }
 }
 
-// 16 bits. Neighbours along n exchange, so that each has two columns of one row: 4 bytes.
+template <typename T> __device__ __forceinline__ void Consumer<T>::note_not_finite(float check) const {
+  if (T::kIsFloat && check != 0) st_shared(shared + Shared::kNotFinite, 1);
+}
+
+// Stores 16 bits. Neighbours along n exchange, so that each has two columns of one row, which are 4 bytes.
 template <typename T>
 template <int kGroups>
 __device__ __forceinline__ void Consumer<T>::store_pairs(Element* to, bool is_z, int m, const float* sums) const {
@@ -2023,7 +2187,7 @@ __device__ __forceinline__ void Consumer<T>::store_pairs(Element* to, bool is_z,
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const float value = sums[4 * group + e] + bias[e / 2];
-      v[e] = select(is_z, value, activation<true>(value, args.scale));
+      v[e] = select(is_z, value, activation<true>(value, args.s));
     }
     const Vector<Element, 2> even_row = {from_compute<Element>(v[0]), from_compute<Element>(v[2])};
     const Vector<Element, 2> odd_row = {from_compute<Element>(v[1]), from_compute<Element>(v[3])};
@@ -2051,19 +2215,20 @@ __device__ __forceinline__ void Consumer<T>::store_pairs(Element* to, bool is_z,
   }
 }
 
-// 16 bits: through shared memory, from where TMA stores whole lines while the next box is made.
+// Stores 16 bits through shared memory, from where TMA stores whole lines while the next box is made.
 template <typename T>
 __device__ __forceinline__ void Consumer<T>::store_boxes(const CUtensorMap* map, bool is_z, const float* sums) const {
   const bool is_first = threadIdx.x % 128 == 0;  // of the warpgroup
   const int barrier = kWarpgroupBarriers + warpgroup;
-  const uint32_t boxes = block.shared + Shared::kBoxes + warpgroup * (2 * T::kBoxBytes);
+  const uint32_t boxes = shared + Shared::kBoxes + warpgroup * (2 * T::kBoxBytes);
 #pragma unroll
   for (int box = 0; box < T::kRows / T::kBoxRows; ++box) {
     const uint32_t offset = box % 2 * T::kBoxBytes;
     if (is_first) cp_async_bulk_wait_group_read<1>();  // the box before the last, which was here, has left
     bar_sync(barrier, 128);
-    // stmatrix's matrices: columns r of a group of 8 rows, r + 8, and the same of the next. Under TMA's swizzle. The
-    // lane is read anew, or the compiler keeps the address for the next tile, in a register that it lacks.
+    // stmatrix's matrices are columns r of a group of 8 rows, columns r + 8, and the same of the next group; they lie
+    // under TMA's swizzle. The lane is read anew, or the compiler keeps the address for the next tile, in a register
+    // that it lacks.
     const int thread = laneid(), matrix = thread / 8, row = thread % 8, column = warp % 4 * 2 + matrix % 2;
     const uint32_t mine = boxes + offset + (matrix / 2 * 8 + row) * 128 + (column ^ row) * 16;
 #pragma unroll
@@ -2076,7 +2241,7 @@ __device__ __forceinline__ void Consumer<T>::store_boxes(const CUtensorMap* map,
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const float value = v[2 * i + e] + bias[i % 2];
-          two.v[e] = from_compute<Element>(select(is_z, value, activation<true>(value, args.scale)));
+          two.v[e] = from_compute<Element>(select(is_z, value, activation<true>(value, args.s)));
         }
         matrices[i] = reinterpret_cast<const uint32_t&>(two);
       }
@@ -2091,25 +2256,26 @@ __device__ __forceinline__ void Consumer<T>::store_boxes(const CUtensorMap* map,
   }
 }
 
-// m: the first group's first row + 2q. first_inverses: float32, inverses_of_x(m), loaded before what branches here.
+// Finishes kGroups groups of 8 rows: marks lost sums and stores z, where it is wanted, and out. m: the first group's
+// first row + 2q. first_x_inverses: with float32 x_inverses(m), which was loaded before what branches here.
 template <typename T>
 template <int kGroups>
-__device__ __forceinline__ void Consumer<T>::finish(int m, float* sums, float2 first_inverses, float& check) {
+__device__ __forceinline__ void Consumer<T>::finish(int m, float* sums, float2 first_x_inverses, float& check) {
   Element *out = static_cast<Element*>(args.out), *z = static_cast<Element*>(args.z);
   if constexpr (T::kIsFloat)
     if (may_be_lost<kGroups>(sums)) mark_lost<kGroups>(m, sums);
 #pragma unroll 1
   for (bool is_z = z != nullptr;; is_z = false) {
     Element* to = is_z ? z : out;
-    // Hides from the compiler that both passes begin with the same: it would compute what follows from that once and
-    // keep it, but no registers are free.
+    // Hides from the compiler that both passes begin with the same values: it would compute what follows from them once
+    // and keep it, but no registers are free.
     asm volatile("" : "+f"(bias[0]), "+f"(bias[1]), "+r"(m));
     if constexpr (T::kIsFloat) {
-      store_float<kGroups>(to, is_z, m, sums, first_inverses, check);
+      store_float<kGroups>(to, is_z, m, sums, first_x_inverses, check);
     } else if (T::kStoresBoxes && args.can_store_boxes) {
-      if constexpr (T::kStoresBoxes) store_boxes(is_z ? &store_maps.z : &store_maps.out, is_z, sums);
+      if constexpr (T::kStoresBoxes) store_boxes(is_z ? &maps.z : &maps.out, is_z, sums);
     } else {
-      constexpr int kBatch = kGroups < 4 ? kGroups : 4;  // as registers allow
+      constexpr int kBatch = kGroups < 4 ? kGroups : 4;  // as many as registers allow
 #pragma unroll
       for (int group = 0; group < kGroups; group += kBatch)
         store_pairs<kBatch>(to, is_z, m + group * 8, sums + 4 * group);
@@ -2130,11 +2296,11 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::finish_tile()
 #pragma unroll 1
     for (int first = 0; first < T::kRows && m0 + first < args.m; first += 128) {
       const int m = m0 + first + 2 * q;
-      finish<16>(m, total, inverses_of_x(m), check);
+      finish<16>(m, total, x_inverses(m), check);
 #pragma unroll
       for (int i = 0; i < 64; ++i) total[i] = total[T::kRows / 2 - 64 + i];
     }
-    not_finite |= uint32_t(check != 0) << min(tile++, 31);
+    note_not_finite(check);
   } else {
     float check = 0;
     finish<T::kGroups>(m0 + 2 * q, total, {}, check);
@@ -2156,13 +2322,15 @@ template <typename T> __device__ __forceinline__ void set_up(const Block<T>& blo
     mbarrier_init(block.shared + Shared::kXFull + 8 * i, 1);
     mbarrier_init(block.shared + Shared::kXEmpty + 8 * i, kConsumerWarps * T::kBlocksSharingX);
   }
+  for (int i = 0; i < T::kFloatStages; ++i) mbarrier_init(block.shared + Shared::kFloatFull + 8 * i, 1);
   mbarrier_init(block.shared + Shared::kSumsFull, 1);
+  st_shared(block.shared + Shared::kNotFinite, 0);
   fence_mbarrier_init();
-  if (T::kSplitK) {  // what every other block sends this one
+  if (T::kSplitK) {  // expects what every other block sends this one
     const int groups = block.part.last_group - block.part.first_group;
     mbarrier_arrive_expect_tx(
         block.shared + Shared::kSumsFull,
-        (int(block.blocks) - 1) * (groups * kGroupBytes + (groups > 0 ? T::kSentInverseBytes : 0)));
+        (int(block.blocks) - 1) * (groups * kGroupBytes + (groups > 0 ? T::kSentWInverseBytes : 0)));
   }
   prefetch_w(block, w_map);
 }
@@ -2173,17 +2341,14 @@ template <typename T> __device__ __forceinline__ void set_up(const Block<T>& blo
 
 template <typename T>
 __global__ void __launch_bounds__(T::kThreads, 1)
-    linear_kernel(const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_map,
-                  const __grid_constant__ CUtensorMap x_lo_map,
-                  const __grid_constant__ StoreMaps<T::kStoresBoxes> store_maps,
-                  const __grid_constant__ Arguments args) {
+    linear_kernel(const __grid_constant__ TensorMaps maps, const __grid_constant__ Arguments args) {
 #ifdef HAS_SM90A
   extern __shared__ __align__(1024) uint8_t shared_memory[];  // the swizzle repeats every 1024 bytes
   const Block<T> block(args, shared_memory);
   if (threadIdx.x == 0) {
-    set_up(block, w_map);
-    prefetch_tensormap(&x_map);
-    prefetch_tensormap(&x_lo_map);
+    set_up(block, maps.w);
+    prefetch_tensormap(&maps.x);
+    if (T::kParts == 2) prefetch_tensormap(&maps.x_lo);
   }
   __syncthreads();
   const int warp = warp_index();
@@ -2203,9 +2368,9 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     // Two threads, so that W may run ahead by its whole ring while x waits for a stage, and the other way round.
     if (block.lane == 0 && warp < 2) {
       if (warp == 0)
-        produce_w(block, w_map);
+        produce_w(block, maps.w);
       else
-        produce_x(block, x_map, x_lo_map);
+        produce_x(block, maps.x, maps.x_lo);
     }
     __syncwarp();  // the other lanes have waited here
     if (T::kSplitK) barrier_cluster_wait();
@@ -2217,7 +2382,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   } else {
     setmaxnreg_inc<T::kConsumerRegisters>();
     griddepcontrol_wait();  // for inverse_scale, of float32
-    Consumer<T> consumer(block, store_maps);
+    Consumer<T> consumer(block, maps);
     if (consumer.warpgroup == 1) consumer.give_turn();
     block.for_each_tile([&](int m0, int n0) {
       consumer.m0 = m0, consumer.n0 = n0;
@@ -2226,11 +2391,11 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     });
     if (T::kStoresBoxes && threadIdx.x % 128 == 0) cp_async_bulk_wait_group_read<0>();
     if (consumer.warpgroup == 0) consumer.await_turn();  // takes the last turn, so that the barrier ends as it began
-    if (!T::kIsFloat || !Repair<T>::any(consumer.not_finite != 0)) {
+    if (!T::kIsFloat || !Repair<T>::any(ld_shared(block.shared + SharedLayout<T>::kNotFinite) != 0)) {
       leave_cluster();  // here, and not behind the instructions that follow
       return;
     }
-    if constexpr (T::kIsFloat) Repair<T>(args, shared_memory).tiles(consumer.not_finite);
+    if constexpr (T::kIsFloat) Repair<T>(args, maps, shared_memory).tiles();
   }
   leave_cluster();
 #endif
@@ -2242,7 +2407,8 @@ template <typename T> constexpr CUtensorMapDataType kTensorMapType = CU_TENSOR_M
 template <> constexpr CUtensorMapDataType kTensorMapType<__half> = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
 template <> constexpr CUtensorMapDataType kTensorMapType<__nv_bfloat16> = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 
-// A tensor map over a row-major 2-d tensor, boxes of `box_rows` rows of 128 bytes, 128-byte swizzle, zeros outside.
+// Makes the tensor map of a row-major 2-d tensor: boxes of `box_rows` rows of 128 bytes, 128-byte swizzle, zeros
+// outside.
 template <typename T>
 static cudaError_t encode_tensor_map(CUtensorMap* map, T* base, int64_t rows, int64_t cols, int64_t row_stride,
                                      int box_rows, CUtensorMapL2promotion promotion) {
@@ -2266,7 +2432,7 @@ static cudaError_t encode_tensor_map(CUtensorMap* map, T* base, int64_t rows, in
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// A launch of linear_kernel<T>. Its attributes are part of it: not to be copied.
+// A launch of linear_kernel<T>. It must not be copied: config points to its attributes.
 template <typename T> struct Launch {
   cudaLaunchConfig_t config = {};
   cudaLaunchAttribute attributes[2] = {};
@@ -2282,8 +2448,8 @@ template <typename T> struct Launch {
     config.dynamicSmemBytes = T::kSharedBytes;
     config.stream = stream;
     config.attrs = attributes;
-    // Only where that comes between: what is fetched without waiting, W, was complete before it began. Of 16 bits the
-    // launch before may be what makes W, or its copy.
+    // Only where that kernel comes between: what is fetched without waiting, W, was then complete before it began. With
+    // 16 bits the launch before may be what makes W, or its copy.
     config.numAttrs = T::kIsFloat ? 2 : 1;
   }
   Launch(const Launch&) = delete;
@@ -2316,8 +2482,7 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
     if (error == cudaSuccess)
       error = launch_split_rows<T::kSplitK ? 512 : 256, T::kParts>(
           args.x, args.x_stride, args.x_split, args.m, TileScheduler<T>::kClusterM, args.k, T::kKeepsOrderOfK, stream);
-  CUtensorMap w_map, x_map, x_lo_map;
-  StoreMaps<T::kStoresBoxes> store_maps = {};
+  TensorMaps maps;
   // Measured: without promotion 1 us less where W is only read once, 0.2 % more elsewhere.
   constexpr auto promotion = T::kSplitK ? CU_TENSOR_MAP_L2_PROMOTION_NONE : CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
   const auto encode = [&](CUtensorMap* map, auto* base, int64_t rows, int k, int64_t stride, int box_rows) {
@@ -2327,22 +2492,25 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
   const int x_rows = T::x_box_rows(args.m);
   const Element* entries = static_cast<const Element*>(args.w);
   if constexpr (T::kKernel == Kernel::kFp16x1Staged)
-    encode(&w_map, w.hi, args.n, w.padded_k, w.padded_k, T::kWBoxRows);
+    encode(&maps.w, w.hi, args.n, w.padded_k, w.padded_k, T::kWBoxRows);
   else if constexpr (T::kTransposedW)
-    encode(&w_map, entries, args.k, args.n, args.w_stride, T::kWBoxRows);
+    encode(&maps.w, entries, args.k, args.n, args.w_stride, T::kWBoxRows);
   else
-    encode(&w_map, entries, args.n, args.k, args.w_stride, T::kWBoxRows);
+    encode(&maps.w, entries, args.n, args.k, args.w_stride, T::kWBoxRows);
   if constexpr (T::kIsFloat) {
-    encode(&x_map, x.hi, x.rows, x.padded_k, x.padded_k, x_rows);
-    encode(&x_lo_map, x.lo, x.rows, x.padded_k, x.padded_k, x_rows);
+    encode(&maps.x, x.hi, x.rows, x.padded_k, x.padded_k, x_rows);
+    if (T::kParts == 2) {
+      encode(&maps.x_lo, x.lo, x.rows, x.padded_k, x.padded_k, x_rows);
+    } else {
+      encode(&maps.float_w, entries, args.n, args.k, args.w_stride, kTileN);
+      encode(&maps.float_x, static_cast<const Element*>(args.x), args.m, args.k, args.x_stride, T::kRows);
+    }
   } else {
-    encode(&x_map, static_cast<const Element*>(args.x), args.m, args.k, args.x_stride, x_rows);
-    x_lo_map = x_map;
+    encode(&maps.x, static_cast<const Element*>(args.x), args.m, args.k, args.x_stride, x_rows);
     if constexpr (T::kStoresBoxes)
       if (args.can_store_boxes) {
-        encode(&store_maps.out, static_cast<Element*>(args.out), args.m, args.n, args.n, T::kBoxRows);
-        if (args.z != nullptr)
-          encode(&store_maps.z, static_cast<Element*>(args.z), args.m, args.n, args.n, T::kBoxRows);
+        encode(&maps.out, static_cast<Element*>(args.out), args.m, args.n, args.n, T::kBoxRows);
+        if (args.z != nullptr) encode(&maps.z, static_cast<Element*>(args.z), args.m, args.n, args.n, T::kBoxRows);
       }
   }
   static_assert(kPaddedRowsUnit % TileScheduler<T>::kClusterM == 0, "inverse_scale is read up to a cluster's last row");
@@ -2352,11 +2520,11 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
   const int clusters = TileScheduler<T>{args.m, args.n}.clusters();
   const Launch<T> launch(T::kSplitK ? clusters : std::min(resident, clusters), T::kSplitK ? splits : T::kClusterBlocks,
                          stream);
-  error = cudaLaunchKernelEx(&launch.config, linear_kernel<T>, w_map, x_map, x_lo_map, store_maps, args);
+  error = cudaLaunchKernelEx(&launch.config, linear_kernel<T>, maps, args);
   return error != cudaSuccess ? error : cudaGetLastError();
 }
 
-// The tiles there are; which is the best is for model_new.py to say.
+// Launches a tile of `rows` rows, if there is such a variant. The operator decides which is the best.
 template <Kernel kKernel, typename Element, bool kTransposedW = false>
 static cudaError_t launch(const Arguments& args, int rows, int splits, int device, cudaStream_t stream) {
   const bool is_split = splits >= 1 && splits <= kMaxSplits && splits <= (args.k + kTileK - 1) / kTileK;
@@ -2364,7 +2532,7 @@ static cudaError_t launch(const Arguments& args, int rows, int splits, int devic
   if (splits == 0 && rows == 256) return launch_if(Tile<kKernel, Element, 256, false, kTransposedW>());
   if constexpr (kKernel == Kernel::kFp16x3)
     if (splits == 0 && rows == 128) return launch_if(Tile<kKernel, Element, 128, false, kTransposedW>());
-  // A copy of W (kStaged) pays with many rows only.
+  // A copy of W pays with many rows only.
   if constexpr (kKernel != Kernel::kFp16x1Staged) {
     if (is_split && rows == 128) return launch_if(Tile<kKernel, Element, 128, true, kTransposedW>());
     if (is_split && rows == 64) return launch_if(Tile<kKernel, Element, 64, true, kTransposedW>());
