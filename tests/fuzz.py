@@ -17,6 +17,7 @@ from tiles import by_tile, is_hopper, tiles
 import model_new
 
 PRECISIONS = ("highest", "high", "medium")
+SETTINGS = [(torch.float32, "highest"), (torch.float32, "high"), *((dtype, "highest") for dtype in DTYPES[1:])]
 
 
 @contextmanager

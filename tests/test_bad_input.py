@@ -154,12 +154,13 @@ def test_a_scale_that_wants_a_gradient(device):
     assert torch.equal(*gradients)
 
 
-# the operator: what test_operator.py's WRONG does not have. (weight, bias, words)
+# the operator: weight, bias, words
 
 SHAPES = "expected x [..., K], weight [N, K] and bias [N]"
 WIDE = {"dtype": torch.float64}
 WRONG = {
     "weight 0-d": (ones(), ones(4), [SHAPES, "weight []"]),
+    "weight 1-d": (ones(3), ones(3), [SHAPES, "weight [3]"]),
     "weight 4-d": (ones(1, 1, 4, 3), ones(4), [SHAPES, "weight [1, 1, 4, 3]"]),
     "weight transposed": (ones(3, 4), ones(3), ["(2x3 and 4x3)", "weight [3, 4]"]),
     "weight of no feature": (ones(4, 0), ones(4), ["(2x3 and 0x4)", "weight [4, 0]"]),
@@ -185,7 +186,7 @@ def test_tensors_of_the_operator(case, device):
 
 
 @needs_cuda
-@pytest.mark.parametrize("bias", [ones(), ones(2, 4)], ids=["0-d: eager expands", "[M, N]: eager adds"])
+@pytest.mark.parametrize("bias", [ones(), ones(1, 4), ones(2, 4)], ids=lambda bias: str(list(bias.shape)))
 def test_a_bias_that_only_eager_takes(bias):
     with pytest.raises(RuntimeError, match=r"expected x .* and bias \[N\]"):
         linear_sigmoid_residual(ones(2, 3).cuda(), ones(4, 3).cuda(), bias.cuda(), 2.0)
@@ -196,6 +197,14 @@ def test_a_dtype_that_all_share(dtype):
     """On the CPU as eager: integers are multiplied, others refused."""
     args = (ones(2, 3, dtype=dtype), ones(4, 3, dtype=dtype), ones(4, dtype=dtype), 2.0)
     assert_as(eager, linear_sigmoid_residual, args, {}, (), ())
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", WRONG_DTYPES, ids=str)
+def test_a_dtype_that_no_kernel_has(dtype):
+    args = (ones(*shape, dtype=dtype, device="cuda") for shape in ((2, 3), (4, 3), (4,)))
+    with pytest.raises(RuntimeError, match=f"not implemented for {dtype}"):
+        linear_sigmoid_residual(*args, 2.0)
 
 
 # the constructor

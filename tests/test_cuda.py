@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import needs_cuda
-from fuzz import settings
+from fuzz import SETTINGS, settings
 from reference import DTYPES, Expected, peak_bytes, random_arguments
 from torch import nn
 
@@ -23,7 +23,6 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two C
 
 # Each dtype and precision; M, K, N for the library, for the kernels for few rows and for many, and with rows of x and W
 # that are copied first.
-SETTINGS = [(torch.float32, "highest"), (torch.float32, "high"), *((dtype, "highest") for dtype in DTYPES[1:])]
 SHAPES = [(64, 128, 96), (40, 1024, 2048), (512, 1024, 2048), (2560, 3072, 2048), (257, 1021, 1023)]
 each_setting = pytest.mark.parametrize("dtype, precision", SETTINGS, ids=str)
 

@@ -41,6 +41,15 @@ def test_random_calls(source, device):
     run(draw(source, ON_CPU if device == "cpu" else ON_GPU), device)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout(layout, dtype, device):
+    """Of x, W and b, one at a time, forward and backward."""
+    for which in range(3):
+        layouts = tuple(layout if i == which else "contiguous" for i in range(3))
+        run(dataclasses.replace(PLAIN, dtype=dtype, layout=layouts, gradient="xwb"), device)
+
+
 def test_the_cases_reach_everything():
     """Of 3000 draws; and each is within the limits."""
     cases = [draw(random.Random(i), ON_CPU) for i in range(3000)]

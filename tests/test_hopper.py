@@ -6,7 +6,7 @@ import pytest
 import torch
 from fuzz import LAYOUTS, ResultGuard, place
 from reference import Expected, random_arguments, storage_roundoff, ways_of
-from tiles import FLOAT32_KINDS, KINDS, PRECISIONS, a_shape_of, by_tile, name_of, needs_hopper, tiles
+from tiles import PRECISIONS, a_shape_of, by_tile, each_float32_kernel, each_kind, needs_hopper, tiles
 from torch import nn
 
 from bench.bindings import scratch_bytes
@@ -16,9 +16,6 @@ from model_new import linear_sigmoid_residual, select_kernel
 pytestmark = [needs_hopper]
 
 U = 2.0**-24  # float32's unit roundoff
-
-each_kind = pytest.mark.parametrize("kernel, dtype", KINDS, ids=map(name_of, KINDS))
-each_float32_kernel = pytest.mark.parametrize("kernel", [kernel for kernel, _ in FLOAT32_KINDS])
 
 
 def random_case(m, n, k, dtype=torch.float32):

@@ -14,7 +14,7 @@ import torch
 from conftest import needs_cuda
 from fuzz import ON_CPU, ON_GPU, draw, run
 from reference import random_arguments
-from tiles import KINDS, by_tile, is_hopper, name_of, needs_hopper, tiles
+from tiles import KINDS, by_tile, each_kind, is_hopper, needs_hopper, tiles
 
 import model_new
 
@@ -46,7 +46,7 @@ def test_random_calls(seed, device, record_property):
 
 
 @needs_hopper
-@pytest.mark.parametrize("kernel, dtype", KINDS, ids=map(name_of, KINDS))
+@each_kind
 def test_a_thousand_calls_have_the_same_bits(kernel, dtype, record_property):
     """Half of them beside other work on the GPU."""
     other, load = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda", dtype=torch.float16)

@@ -12,7 +12,7 @@ import random
 import pytest
 import torch
 from conftest import needs_cuda
-from tiles import KINDS, PRECISIONS, a_shape_of, name_of, tiles
+from tiles import PRECISIONS, a_shape_of, each_kind, tiles
 from torch._subclasses import FakeTensorMode
 
 import model_new
@@ -167,7 +167,7 @@ def test_the_reference_shape(dtype, precision, expected, hopper):
     assert select_kernel(x.view(4, 256, -1), weight, bias) == expected
 
 
-@pytest.mark.parametrize("kernel, dtype", KINDS, ids=map(name_of, KINDS))
+@each_kind
 def test_each_kernel_serves_some_shape(kernel, dtype, hopper):
     torch.set_float32_matmul_precision(PRECISIONS[kernel][1])
     shape, tile = a_shape_of(kernel)
@@ -210,7 +210,7 @@ LAYOUTS = {  # whether the kernels serve it, and the layout
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kernel, dtype", KINDS, ids=map(name_of, KINDS))
+@each_kind
 def test_layouts(kernel, dtype, layout, hopper):
     """Only W's entries must be contiguous along k; all else is copied into shape."""
     torch.set_float32_matmul_precision(PRECISIONS[kernel][1])

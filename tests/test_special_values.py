@@ -2,17 +2,13 @@
 
 import pytest
 import torch
-from fuzz import settings
+from fuzz import SETTINGS, settings
 from reference import DTYPES, Expected, compute_roundoff, eager, random_arguments, ways_of
-from tiles import FLOAT32_KINDS, KINDS, PRECISIONS, by_tile, name_of, needs_hopper, tiles
+from tiles import PRECISIONS, by_tile, each_float32_kernel, each_kind, needs_hopper, tiles
 
 from model_new import linear_sigmoid_residual, select_kernel
 
 NAN, INF, ALL = float("nan"), float("inf"), slice(None)
-SETTINGS = [(torch.float32, "highest"), (torch.float32, "high"), *((dtype, "highest") for dtype in DTYPES[1:])]
-
-each_kind = pytest.mark.parametrize("kernel, dtype", KINDS, ids=map(name_of, KINDS))
-each_float32_kernel = pytest.mark.parametrize("kernel", [kernel for kernel, _ in FLOAT32_KINDS])
 
 
 def largest(t):

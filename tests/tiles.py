@@ -15,6 +15,9 @@ needs_hopper = pytest.mark.skipif(not is_hopper, reason="needs a GPU of compute 
 FLOAT32_KINDS = [(kernel, torch.float32) for kernel in ("fp16x3", "fp16x1", "fp16x1_staged")]
 KINDS = [*FLOAT32_KINDS, ("wgmma16", torch.float16), ("wgmma16", torch.bfloat16)]
 
+each_kind = pytest.mark.parametrize("kernel, dtype", KINDS, ids=lambda value: str(value).removeprefix("torch."))
+each_float32_kernel = pytest.mark.parametrize("kernel", [kernel for kernel, _ in FLOAT32_KINDS])
+
 # kernel -> select_tile's `precision`, and PyTorch's where it serves
 PRECISIONS = {
     "fp16x3": ("float32", "highest"),
@@ -22,11 +25,6 @@ PRECISIONS = {
     "fp16x1_staged": ("tf32", "medium"),
     "wgmma16": ("16 bit", "highest"),
 }
-
-
-def name_of(kind):
-    """Of one of KINDS, for a test's id."""
-    return f"{kind[0]}-{str(kind[1]).removeprefix('torch.')}"
 
 
 def tiles(kernel, k, splits=range(1, 5)):
