@@ -2866,6 +2866,7 @@ void force_kernel(int kernel, int rows, int splits) { forced = {static_cast<Kern
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -2966,9 +2967,10 @@ bool has_aligned_rows(const Tensor& t) {
   return has_rows(t) && t.stride(0) * t.element_size() % 16 == 0 && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
 }
 
-// A copy of a matrix with zeros behind its rows up to a multiple of 16 bytes.
-Tensor padded(const Tensor& matrix) {
-  const Tensor t = matrix.stride(1) == 1 ? matrix : matrix.contiguous();
+Tensor with_rows(const Tensor& t) { return has_rows(t) ? t : t.contiguous(); }
+
+// A copy of a matrix that has rows, with zeros behind them up to a multiple of 16 bytes.
+Tensor padded(const Tensor& t) {
   const int64_t multiple = 16 / t.element_size(), cols = (t.size(1) + multiple - 1) / multiple * multiple;
   const Tensor copy = at::empty({t.size(0), cols}, t.options());
   launch("pad_rows", pad_rows, t.device(), t.data_ptr(), copy.data_ptr(), t.stride(0), t.size(0), t.size(1), cols,
@@ -2992,7 +2994,7 @@ void launch_hopper(const Choice& choice, bool transposed_w, const Tensor& x, con
 // out and, where it is wanted, z by the fused kernel.
 std::tuple<Tensor, Tensor> forward_hopper(const Choice& choice, const Tensor& x_, const Tensor& weight_,
                                           const OptionalTensor& bias, double scale, bool with_z) {
-  Tensor x = as_rows(x_), weight = has_rows(weight_) ? weight_ : weight_.contiguous();
+  Tensor x = with_rows(as_rows(x_)), weight = with_rows(weight_);
   const int64_t m = x.size(0), n = weight.size(0);
   auto sizes = x_.sizes().vec();
   sizes.back() = n;
@@ -3059,7 +3061,7 @@ Tensor matmul_cuda(const Tensor& a, const Tensor& b) {
                            b.size(0), b.stride(1), /*transposed_w=*/true);
   if (choice.kernel != Kernel::kFp16x3) return at::matmul(a, b);
   const int64_t k = b.size(0), n = b.size(1);
-  Tensor rows = as_rows(a);
+  Tensor rows = with_rows(as_rows(a));
   if (!has_aligned_rows(rows) || k % 4 != 0) rows = padded(rows);
   auto sizes = a.sizes().vec();
   sizes.back() = n;
@@ -3130,8 +3132,12 @@ struct LinearSigmoidResidual : torch::autograd::Function<LinearSigmoidResidual> 
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list& gradients) {
-    const auto saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &weight = saved[1], &z = saved[2];
+    auto saved = ctx->get_saved_variables();
+    const Tensor x = std::move(saved[0]), weight = std::move(saved[1]);
+    Tensor z = std::move(saved[2]);
+    // Where the graph is not kept, PyTorch lets go of what is saved behind the backward, and we before the products.
+    if (!torch::autograd::get_current_graph_task_keep_graph())
+      if (const auto node = torch::autograd::get_current_node()) node->release_variables();
     const double scale = ctx->saved_data["scale"].toDouble();
     const auto& operators = *reinterpret_cast<const Operators*>(ctx->saved_data["operators"].toInt());
     Tensor grad = std::move(gradients[0]), grad_of_z = std::move(gradients[1]), dz, dbias;
@@ -3150,7 +3156,7 @@ struct LinearSigmoidResidual : torch::autograd::Function<LinearSigmoidResidual> 
       at::AutoDispatchBelowADInplaceOrView guard;
       std::tie(dz, dbias) = operators.backward_z.call(grad, z, scale);
     }
-    grad.reset(), grad_of_z.reset();  // the products need memory
+    grad.reset(), grad_of_z.reset(), z.reset();  // the products need memory
     const auto product = [&](const Tensor& a, const Tensor& b) {
       if (in_parts || a.scalar_type() != at::kFloat) return at::matmul(a, b);
       at::AutoDispatchBelowADInplaceOrView guard;
@@ -3164,7 +3170,18 @@ struct LinearSigmoidResidual : torch::autograd::Function<LinearSigmoidResidual> 
   }
 };
 
+}  // namespace
+
+// Without PyTorch's lock, which release_variables takes. (Nothing but that changes the node.)
+template <>
+torch::autograd::variable_list torch::autograd::CppNode<LinearSigmoidResidual>::apply(variable_list&& inputs) {
+  return CppNode_apply_functional<LinearSigmoidResidual>(std::move(inputs), ctx_, is_variable_input_, output_info_,
+                                                         name());
+}
+
 // ---------------------------------------------------------------------------- registration
+
+namespace {
 
 void register_implementations(torch::Library& library, const std::string& device, const Operators* operators) {
   const auto at_key = [](const std::string& key, auto kernel) {
