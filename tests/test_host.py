@@ -4,6 +4,7 @@ of the device code, which refuses what a kernel must not be handed.
 
 import contextlib
 import ctypes
+import itertools
 import pathlib
 import sys
 import types
@@ -11,8 +12,9 @@ import types
 import pytest
 import torch
 from conftest import ROOT, compile_for_cpu
-from reference import random_arguments
-from test_operator import LAYOUTS, WRONG
+from fuzz import LAYOUTS, place
+from reference import eager, random_arguments
+from test_bad_input import WRONG, ones
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.cpp_extension import include_paths, library_paths
@@ -67,47 +69,46 @@ def host(tmp_path_factory):
     return Host(compile_for_cpu(path, "-x", "c++", ROOT / "tests/cpu_kernels.cpp", "-x", "none", *folders, *libraries))
 
 
-def eager(x, weight, bias, scale):
-    z = torch.nn.functional.linear(x, weight, bias)
-    return torch.sigmoid(z) * scale + z
-
-
 TILES = [("library",), ("fp16x3", 256, 0), ("fp16x3", 128, 0), ("fp16x3", 32, 2), ("fp16x1", 16, 4)]
 TILES += [("fp16x1_staged", 256, 0)]
 each_tile = pytest.mark.parametrize("tile", TILES, ids=str)
+
+
+def placed(layout, k, dtype):
+    """[x, weight, bias] of several dimensions, in which one tensor after the other lies in memory as `layout` says."""
+    for leading, which in itertools.product([(24,), (), (2, 3, 4)], range(3)):
+        tensors = random_arguments((*leading, k), 56, dtype, "cpu")[:3]
+        yield [place(t, layout)[0] if i == which else t for i, t in enumerate(tensors)]
 
 
 @pytest.mark.parametrize("k", [40, 37])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @each_tile
 def test_any_layout(tile, layout, k, host):
-    x, weight, bias, scale = random_arguments((24, k), 56, torch.float32, "cpu")
-    arguments = LAYOUTS[layout](x, weight, bias)
-    contiguous_rows = arguments[1].stride(1) == 1
-    leaves = [t.detach().requires_grad_() for t in arguments]
-    expected = eager(*leaves, scale)
-    grad = torch.randn_like(expected)
-    with host.served_by(*tile), host.launches() as launches, torch.no_grad():
-        out = host.layer(*arguments, scale)
-    assert launches == ([0, 0, 1] if tile[0] != "library" and contiguous_rows else [1, 0, 0])
-    torch.testing.assert_close(out, expected.detach())
-    with host.served_by(*tile):
-        gradients = torch.autograd.grad(host.layer(*leaves, scale), leaves, grad)
-    for a, b in zip(gradients, torch.autograd.grad(expected, leaves, grad)):
-        torch.testing.assert_close(a, b)
+    for arguments in placed(layout, k, torch.float32):
+        leaves = [t.detach().requires_grad_() for t in arguments]
+        expected = eager(*leaves, 2.0)
+        grad = torch.randn_like(expected)
+        with host.served_by(*tile), host.launches() as launches, torch.no_grad():
+            out = host.layer(*arguments, 2.0)
+        assert launches == ([0, 0, 1] if tile[0] != "library" and arguments[1].stride(1) == 1 else [1, 0, 0])
+        torch.testing.assert_close(out, expected.detach())
+        with host.served_by(*tile):
+            gradients = torch.autograd.grad(host.layer(*leaves, 2.0), leaves, grad)
+        for a, b in zip(gradients, torch.autograd.grad(expected, leaves, grad)):
+            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("k", [40, 37])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_in_16_bits(layout, dtype, k, host):
-    x, weight, bias, scale = random_arguments((24, k), 56, dtype, "cpu")
-    arguments = LAYOUTS[layout](x, weight, bias)
-    with host.served_by("wgmma16", 64, 1), host.launches() as launches:
-        out = host.layer(*arguments, scale)
-    assert launches[2] == (arguments[1].stride(1) == 1)
-    expected = eager(*(t.float() for t in arguments), scale)
-    torch.testing.assert_close(out.float(), expected, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+    for arguments in placed(layout, k, dtype):
+        with host.served_by("wgmma16", 64, 1), host.launches() as launches:
+            out = host.layer(*arguments, 2.0)
+        assert launches[2] == (arguments[1].stride(1) == 1)
+        expected = eager(*(t.float() for t in arguments), 2.0)
+        torch.testing.assert_close(out.float(), expected, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("b_layout", ["rows", "wider", "transposed", "unaligned"])
@@ -143,11 +144,11 @@ def test_empty_tensors(shape, n, host):
     torch.testing.assert_close(*(torch.autograd.grad(t.sum(), leaves) for t in (out, expected)))
 
 
-@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("case", [name for name, (*_, words) in WRONG.items() if words])
 def test_wrong_tensors_are_refused_before_any_launch(case, host):
-    make, words = WRONG[case]
+    weight, bias, words = WRONG[case]
     with host.launches() as launches, pytest.raises(RuntimeError) as error:
-        host.layer(*make(), 2.0)
+        host.layer(ones(2, 3), weight, bias, 2.0)
     assert all(word in str(error.value) for word in ["linear_sigmoid_residual()", *words]), error.value
     assert launches == [0, 0, 0]
 
