@@ -84,8 +84,8 @@ def test_compiles_to_one_graph(dynamic, device, fresh_compiler):
 
 @needs_cuda
 def test_inductor_keeps_the_operator_whole(fresh_compiler):
-    """Inductor compiles what surrounds it; the values stay those of the operator. (On the CPU it would compile PyTorch's
-    operators, in twenty seconds.)
+    """Inductor compiles what surrounds it, and the values stay those of the operator. On the CPU it would compile only
+    what PyTorch has, in twenty seconds.
     """
     model = ModelNew(40, 24, 2.0).cuda()
 
