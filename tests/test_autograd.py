@@ -1,15 +1,22 @@
 """First and second derivatives, and how autograd, forward-mode and torch.func see the operator."""
 
+import contextlib
 import itertools
 
 import pytest
 import torch
 from conftest import Operators, needs_cuda
 from reference import DTYPES, Layer, assert_within, poison, random_arguments
+from torch.autograd import forward_ad
 
 from model_new import linear_sigmoid_residual
 
 pytestmark = pytest.mark.usefixtures("float32_sums")
+
+
+def eager(x, weight, bias, scale):
+    z = torch.nn.functional.linear(x, weight, bias)
+    return torch.sigmoid(z) * scale + z
 
 
 def leaves(arguments, which=(True, True, True)):
@@ -74,27 +81,27 @@ def test_matches_eager_module(model_pair, device):
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-6 * a.grad.abs().max().item())
 
 
-def test_backward_runs_the_fused_operator_once(device):
-    arguments = leaves(random_arguments((6, 5), 4, torch.float32, device))
+@needs_cuda
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("context", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+def test_z_is_made_only_for_a_backward(context, wanted):
+    """Which runs the fused operator once. (On the CPU: test_host.py.)"""
+    arguments = leaves(random_arguments((6, 5), 4, torch.float32, "cuda"), [wanted] * 3)
     with Operators() as operators:
-        out = linear_sigmoid_residual(*arguments)
-        out.sum().backward()
-    assert operators.names == ["forward_with_z", "backward_z"]
+        with context():
+            out = linear_sigmoid_residual(*arguments)
+        if out.requires_grad:
+            out.sum().backward()
+    assert out.requires_grad == (wanted and context is contextlib.nullcontext)
+    assert operators.names[:2] == (["forward_with_z", "backward_z"] if out.requires_grad else ["forward"])
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_without_gradient_nothing_is_kept(context, device):
-    arguments = leaves(random_arguments((6, 5), 4, torch.float32, device))
-    with context(), Operators() as operators:
-        out = linear_sigmoid_residual(*arguments)
-    assert operators.names == ["forward"]
+def test_without_gradient_nothing_is_recorded(context, device):
+    with context():
+        out = linear_sigmoid_residual(*leaves(random_arguments((6, 5), 4, torch.float32, device)))
     assert not out.requires_grad and out.is_inference() == (context is torch.inference_mode)
-
-
-def test_parameters_without_gradient_keep_nothing(device):
-    with Operators() as operators:
-        out = linear_sigmoid_residual(*random_arguments((6, 5), 4, torch.float32, device))
-    assert operators.names == ["forward"] and out.grad_fn is None
+    assert linear_sigmoid_residual(*random_arguments((6, 5), 4, torch.float32, device)).grad_fn is None
 
 
 @pytest.mark.parametrize("changed", ["x", "weight"])
@@ -125,10 +132,11 @@ def test_expanded_gradient(device):
         assert torch.equal(a, b)
 
 
+@needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_16_bit_bias_gradient_is_summed_in_float32(dtype, device):
+def test_16_bit_bias_gradient_is_summed_in_float32(dtype):
     """Of dz before its own rounding, and rounded once: all but a few columns, where float32 itself is undecided."""
-    z, grad = torch.randn(2, 3, 1000, dtype=torch.float64).to(dtype).to(device)
+    z, grad = torch.randn(2, 3, 1000, dtype=torch.float64).to(dtype).cuda()
     p = torch.sigmoid(z.float())
     dz = grad.float() * (1 + 2 * p * (1 - p))
     result, bias_gradient = torch.ops.linear_sigmoid_residual.backward_z(grad, z, 2.0)
@@ -146,31 +154,44 @@ def test_transposed_gradient(device):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("transform", ["jvp", "grad", "vmap"])
-def test_torch_func_is_right_or_raises(transform, device):
-    """A derivative that is silently wrong is the one thing that must not happen."""
-    x, weight, bias, scale = random_arguments((6, 5), 4, torch.float64, device)
-    tangent = torch.randn_like(x)
+TRANSFORMS = {
+    "grad": lambda f, x, w, b: torch.func.grad(lambda w: f(x, w, b, 2.0).square().sum())(w),
+    "vjp": lambda f, x, w, b: torch.func.vjp(lambda w, b: f(x, w, b, 2.0), w, b)[1](x.new_ones(6, 24)),
+    "jvp": lambda f, x, w, b: torch.func.jvp(lambda x: f(x, w, b, 2.0), (x,), (x,)),
+    "jacrev": lambda f, x, w, b: torch.func.jacrev(lambda x: f(x, w, b, 2.0))(x[:2]),
+    "jacfwd": lambda f, x, w, b: torch.func.jacfwd(lambda b: f(x, w, b, 2.0))(b),
+    "hessian": lambda f, x, w, b: torch.func.hessian(lambda b: f(x, w, b, 2.0).sum())(b),
+    "vmap": lambda f, x, w, b: torch.func.vmap(lambda x: f(x, w, b, 2.0))(x),
+    "gradients of each sample": lambda f, x, w, b: torch.func.vmap(
+        torch.func.grad(lambda w, x: f(x, w, b, 2.0).square().sum()), (None, 0)
+    )(w, x),
+    "grad of what comes behind": lambda f, x, w, b: torch.func.grad(lambda y: (f(x, w, b, 2.0) * y).sum())(b),
+    "vmap of what comes behind": lambda f, x, w, b: torch.func.vmap(lambda y: f(x, w, b, 2.0) * y)(torch.stack([b, b])),
+    "compiled grad": lambda f, x, w, b: torch.compile(
+        torch.func.grad(lambda w: f(x, w, b, 2.0).square().sum()), backend="aot_eager", fullgraph=True
+    )(w),
+    "forward mode": lambda f, x, w, b: forward_mode(f, x, w, b),
+}
 
-    def ours(x):
-        return linear_sigmoid_residual(x, weight, bias, scale)
 
-    def eager(x):
-        z = torch.nn.functional.linear(x, weight, bias)
-        return z + scale * torch.sigmoid(z)
+def forward_mode(function, x, weight, bias):
+    with forward_ad.dual_level():
+        out = function(forward_ad.make_dual(x, torch.ones_like(x)), weight, bias, 2.0)
+        return forward_ad.unpack_dual(out).tangent
 
-    def apply(function):
-        if transform == "jvp":
-            return torch.func.jvp(function, (x,), (tangent,))[1]
-        if transform == "grad":
-            return torch.func.grad(lambda x: function(x).square().sum())(x)
-        return torch.func.vmap(function)(x)
 
-    try:
-        result = apply(ours)
-    except (RuntimeError, NotImplementedError):
-        return
-    torch.testing.assert_close(result, apply(eager))
+def assert_transform_is_eagers(transform, function, requires_grad, device):
+    """Of a layer function, with parameters that are constants of the transform where they are not what it is of."""
+    torch._dynamo.reset()
+    x, weight, bias, _ = random_arguments((6, 40), 24, torch.float32, device)
+    weight.requires_grad_(requires_grad)
+    torch.testing.assert_close(*(TRANSFORMS[transform](f, x, weight, bias) for f in (function, eager)))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms(transform, requires_grad, device):
+    assert_transform_is_eagers(transform, linear_sigmoid_residual, requires_grad, device)
 
 
 @needs_cuda
@@ -183,10 +204,11 @@ def test_backward_is_deterministic(dtype):
         assert all(torch.equal(a, b) for a, b in zip(first, other))
 
 
+@needs_cuda
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "sliced"])
-def test_backward_z_of_any_layout(device, layout):
+def test_backward_z_of_any_layout(layout):
     """The operator called directly on a z and a gradient that are not contiguous: contiguous, the same as on copies."""
-    z, grad = (torch.randn(24, 16, dtype=torch.float64, device=device) for _ in range(2))
+    z, grad = (torch.randn(24, 16, dtype=torch.float64, device="cuda") for _ in range(2))
     change = {
         "transposed": lambda t: t.t(),
         "expanded": lambda t: t[:1].expand(24, 16),

@@ -49,7 +49,7 @@ def exported(tmp_path):
 
 
 def test_source_execs_without_file_twice_in_one_process():
-    """From the folder of kernels.cu: the second time finds the operator defined and uses it."""
+    """From the folder of kernels.cu; each time with operators of its own (test_operator.py has texts that differ)."""
     result = run_python(EXEC_AND_COMPARE.format(path="model_new.py", times=2), ROOT)
     assert result.stdout.strip() == "done", result.stderr
 
@@ -72,11 +72,6 @@ def test_without_kernels_cu_the_error_says_what_to_do(monkeypatch, tmp_path):
     assert str(tmp_path) in str(error.value) and "--export" in str(error.value)
     if not torch.cuda.is_available():
         assert context["ModelNew"](3, 4, 2.0)(torch.ones(2, 3)).shape == (2, 4)
-
-
-def test_a_different_version_in_one_process_is_refused():
-    with pytest.raises(RuntimeError, match="another version"):
-        model_new._register("another digest")
 
 
 def test_exported_text_is_kernels_cu(exported):

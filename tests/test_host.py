@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, compile_for_cpu
 from fuzz import LAYOUTS, place
 from reference import eager, random_arguments
+from test_autograd import TRANSFORMS, assert_transform_is_eagers
 from test_bad_input import WRONG, ones
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -224,38 +225,18 @@ def test_derivatives_against_finite_differences(tile, host):
         assert torch.autograd.gradgradcheck(lambda *a: host.layer(*a, 2.0), arguments)
 
 
-TRANSFORMS = {
-    "grad": lambda f, x, w, b: torch.func.grad(lambda w: f(x, w, b, 2.0).square().sum())(w),
-    "vjp": lambda f, x, w, b: torch.func.vjp(lambda w, b: f(x, w, b, 2.0), w, b)[1](torch.ones(6, 24)),
-    "jvp": lambda f, x, w, b: torch.func.jvp(lambda x: f(x, w, b, 2.0), (x,), (x,)),
-    "jacrev": lambda f, x, w, b: torch.func.jacrev(lambda x: f(x, w, b, 2.0))(x[:2]),
-    "jacfwd": lambda f, x, w, b: torch.func.jacfwd(lambda b: f(x, w, b, 2.0))(b),
-    "hessian": lambda f, x, w, b: torch.func.hessian(lambda b: f(x, w, b, 2.0).sum())(b),
-    "vmap": lambda f, x, w, b: torch.func.vmap(lambda x: f(x, w, b, 2.0))(x),
-    "per-sample": lambda f, x, w, b: torch.func.vmap(
-        torch.func.grad(lambda w, x: f(x, w, b, 2.0).square().sum()), (None, 0)
-    )(w, x),
-    "grad of something else": lambda f, x, w, b: torch.func.grad(lambda y: (f(x, w, b, 2.0) * y).sum())(torch.ones(24)),
-    "vmap of something else": lambda f, x, w, b: torch.func.vmap(lambda y: (f(x, w, b, 2.0) * y).sum())(torch.eye(24)),
-    "compiled grad": lambda f, x, w, b: torch.compile(
-        torch.func.grad(lambda w: f(x, w, b, 2.0).square().sum()), backend="aot_eager", fullgraph=True
-    )(w),
-    "batched gradients": lambda f, x, w, b: torch.autograd.grad(
-        f(x, w, b, 2.0), w, torch.randn(7, 6, 24, generator=torch.Generator().manual_seed(1)), is_grads_batched=True
-    ),
-}
-
-
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms(transform, requires_grad, host):
-    if transform == "batched gradients" and not requires_grad:
-        pytest.skip("has no gradient")
-    torch._dynamo.reset()
-    x, w, b, _ = random_arguments((6, 40), 24, torch.float32, "cpu")
-    w.requires_grad_(requires_grad)
-    results = (TRANSFORMS[transform](f, x, w, b) for f in (host.layer, eager))
-    torch.testing.assert_close(*results)
+    assert_transform_is_eagers(transform, host.layer, requires_grad, "cpu")
+
+
+def test_a_batch_of_gradients_at_once(host):
+    leaves = [t.requires_grad_() for t in random_arguments((6, 40), 24, torch.float32, "cpu")[:3]]
+    grads = torch.randn(7, 6, 24)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(f(*leaves, 2.0), leaves, grads, is_grads_batched=True) for f in (host.layer, eager))
+    )
 
 
 # how the operators are seen

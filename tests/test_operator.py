@@ -9,6 +9,8 @@ import torch
 from conftest import Operators, is_fused, needs_cuda
 from reference import DTYPES, Expected, random_arguments
 from torch import nn
+from torch._dynamo.compiled_autograd import _enable
+from torch._dynamo.decorators import mark_unbacked
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -58,17 +60,20 @@ def test_kernel_selected(device):
 # torch.compile
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_to_one_graph(dynamic, device, fresh_compiler):
+@pytest.mark.parametrize("rows_are", ["static", "dynamic", "unbacked"])
+def test_compiles_to_one_graph(rows_are, device, fresh_compiler):
     backend = CompileCounterWithBackend("aot_eager")
     model = ModelNew(40, 24, 2.0).to(device)
-    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=rows_are == "dynamic")
     graphs = []
     for rows in (3, 8, 17):
         x = torch.randn(rows, 40, device=device)
         gradients = []
         for function in (model, compiled):
             leaf = x.clone().requires_grad_()
+            if rows_are == "unbacked":
+                mark_unbacked(leaf, 0)
+                mark_unbacked(x, 0)
             out = function(leaf)
             out.square().sum().backward()
             gradients.append([out, leaf.grad, *(p.grad for p in model.parameters())])
@@ -78,8 +83,20 @@ def test_compiles_to_one_graph(dynamic, device, fresh_compiler):
         with torch.no_grad():
             assert torch.equal(compiled(x), model(x))
         graphs.append(backend.frame_count)
-    if dynamic:
+    if rows_are != "static":
         assert len(set(graphs)) == 1  # the first batch size's graphs serve the others
+
+
+@pytest.mark.parametrize("recorded", ["eagerly", "compiled"])
+def test_compiled_autograd_without_a_break(recorded, model_pair, device, fresh_compiler):
+    reference, new = model_pair(40, 24, device=device)
+    x = torch.randn(6, 40, device=device)
+    forward = torch.compile(new, backend="aot_eager", fullgraph=True) if recorded == "compiled" else new
+    with _enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        forward(x).square().sum().backward()
+    reference(x).square().sum().backward()
+    for a, b in zip(new.parameters(), reference.parameters()):
+        torch.testing.assert_close(a.grad, b.grad)
 
 
 @needs_cuda
