@@ -8,7 +8,7 @@ from torch import nn
 
 import model_new
 from bench.bindings import dtype_number, launch, scratch_bytes
-from model_new import ModelNew, linear_sigmoid_residual
+from model_new import Model, ModelNew, linear_sigmoid_residual
 
 pytestmark = [needs_cuda, pytest.mark.usefixtures("float32_sums")]
 
@@ -120,6 +120,20 @@ def test_inference_takes_the_memory_of_the_linear(dtype, shape):
     with torch.no_grad():
         weight.requires_grad_()
         assert peak_bytes(lambda: linear_sigmoid_residual(x, weight, bias, scale)) <= allowed
+
+
+def test_training_takes_no_more_memory_than_eager():
+    """Three layers of the reference shape."""
+
+    def step(network, x):
+        network.zero_grad(set_to_none=True)
+        network(x).sum().backward()
+
+    peaks = {}
+    for kind in (Model, ModelNew):
+        network = nn.Sequential(*(kind(8192, 8192, 2.0) for _ in range(3))).cuda()
+        peaks[kind] = peak_bytes(lambda: step(network, torch.rand(1024, 8192, device="cuda")))  # noqa: B023
+    assert peaks[ModelNew] <= peaks[Model]
 
 
 @pytest.mark.parametrize("kernel, allowed", [("fp16x3", 40e6), ("fp16x1", 20e6), ("fp16x1_staged", 155e6)])
