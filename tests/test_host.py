@@ -99,6 +99,18 @@ def test_any_layout(tile, layout, k, host):
         torch.testing.assert_close(a, b)
 
 
+@each_tile
+def test_without_a_bias(tile, host):
+    x, weight, _, scale = random_arguments((24, 40), 56, torch.float32, "cpu")
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    with host.served_by(*tile):
+        out = host.layer(x, weight, None, scale)
+        gradients = torch.autograd.grad(out.square().sum(), leaves)
+    expected = eager(x, weight, None, scale)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected.square().sum(), leaves))
+
+
 @pytest.mark.parametrize("k", [40, 37])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
