@@ -2731,7 +2731,7 @@ struct LibraryCosts {
   double launches;        // more than one of ours
   double megabyte;        // of W
   double rate;            // million products a microsecond; float32: with few rows, with many it is twice that
-  double unaligned_rate;  // where rows are not multiples of 16 bytes, in tiles of 128 rows; 0: as others
+  double unaligned_rate;  // where rows are not multiples of 16 bytes, in tiles of 64 or 128 rows; 0: as others
   bool has_whole_waves;   // of tiles of 128 x 128, or else finer ones fit
   double epilogue;        // of each million entries of out: z is read and out written
 };
@@ -2784,7 +2784,8 @@ static double library_microseconds(const Product& product) {
   const LibraryCosts& costs = kLibraryCosts[int(product.precision)];
   double compute = product.products() / (1e6 * costs.rate);
   if (!product.is_aligned() && product.m > 1 && costs.unaligned_rate > 0) {
-    compute = product.products() / m * double(parts(product.m, 128) * 128) / (1e6 * costs.unaligned_rate);
+    const int64_t rows = product.m <= 64 ? 64 : parts(product.m, 128) * 128;
+    compute = double(rows) * product.products() / m / (1e6 * costs.unaligned_rate);
   } else if (costs.has_whole_waves) {
     const int64_t tiles = parts(product.m, 128) * parts(product.n, 128);
     const int64_t in_waves = tiles <= kSMs ? tiles : parts(tiles, kSMs) * kSMs;

@@ -221,7 +221,7 @@ def _is_ordinary(gemm):
         or gemm._backward_hooks
         or _has_any_global_hook()
         # Those of PyTorch itself, of `with torch.device(...)` and torch.export, leave the result as it is.
-        or not all(type(mode).__module__.startswith("torch.") for mode in _get_current_function_mode_stack())
+        or [mode for mode in _get_current_function_mode_stack() if not type(mode).__module__.startswith("torch.")]
     )
 
 

@@ -176,6 +176,21 @@ def test_peak_memory_is_at_most_eagers(dtype, precision):
     assert peaks[1][0] <= grad.nbytes + (55e6 if dtype == torch.float32 else 1024)
 
 
+def test_training_takes_no_more_memory_than_eager():
+    """Three layers of the reference shape."""
+
+    def step(network, x):
+        network.zero_grad(set_to_none=True)
+        network(x).sum().backward()
+
+    peaks, x = [], torch.rand(1024, 8192, device="cuda")
+    for kind in (Model, ModelNew):
+        network = nn.Sequential(*(kind(8192, 8192, 2.0) for _ in range(3))).cuda()
+        peaks.append(peak_bytes(lambda network=network: step(network, x)))
+        del network
+    assert peaks[1] <= peaks[0]
+
+
 @pytest.mark.long
 def test_small_calls_leave_nothing_behind(record_property):
     """Neither in PyTorch's allocator nor in the process, with and without the backward."""

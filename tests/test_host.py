@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, compile_for_cpu
 from fuzz import LAYOUTS, place
 from reference import eager, random_arguments
-from test_autograd import TRANSFORMS, assert_transform_is_eagers
+from test_autograd import TRANSFORMS, WANTED, assert_saves_no_more_than_eager, assert_transform_is_eagers
 from test_bad_input import WRONG, ones
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -100,6 +100,18 @@ def test_any_layout(tile, layout, k, host):
             torch.testing.assert_close(a, b)
 
 
+@each_tile
+def test_without_a_bias(tile, host):
+    x, weight, _, scale = random_arguments((24, 40), 56, torch.float32, "cpu")
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    with host.served_by(*tile):
+        out = host.layer(x, weight, None, scale)
+        gradients = torch.autograd.grad(out.square().sum(), leaves)
+    expected = eager(x, weight, None, scale)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected.square().sum(), leaves))
+
+
 @pytest.mark.parametrize("k", [40, 37])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -157,38 +169,9 @@ def test_wrong_tensors_are_refused_before_any_launch(case, host):
 # autograd
 
 
-def saved_bytes(function):
-    """Of the storages that a call keeps for its backward, and the result."""
-    storages = {}
-
-    def pack(t):
-        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = function()
-    return sum(storages.values()), out
-
-
-WANTED = [(x, w, b) for x in (False, True) for w in (False, True) for b in (False, True)][1:]
-
-
 @pytest.mark.parametrize("wanted", WANTED, ids=str)
 def test_no_more_is_saved_than_by_eager(wanted, host):
-    """x only for W's gradient, W only for x's; so that what is frozen may be changed before the backward."""
-    arguments = [
-        t.requires_grad_(is_wanted)
-        for t, is_wanted in zip(random_arguments((24, 40), 56, torch.float32, "cpu"), wanted)
-    ]
-    (ours, out), (eagers, expected) = (saved_bytes(lambda f=f: f(*arguments, 2.0)) for f in (host.layer, eager))
-    assert ours <= eagers
-    leaves = [t for t in arguments if t.requires_grad]
-    with torch.no_grad():
-        for t, other in zip(arguments[:2], arguments[1::-1]):
-            if not other.requires_grad:
-                t.add_(1)  # an optimizer's step, with this batch in flight
-    for a, b in zip(*(torch.autograd.grad(t.sum(), leaves) for t in (out, expected))):
-        torch.testing.assert_close(a, b)
+    assert_saves_no_more_than_eager(host.layer, wanted, "cpu")
 
 
 @pytest.mark.parametrize("retain", [False, True])
