@@ -219,18 +219,6 @@ class Expected:
                 assert_within(gradient.reshape(exact.shape), exact, bound, name)
 
 
-class Layer(Expected):
-    """`Expected` of a call by whichever kernel, for comparisons in NumPy: z, out and bounds in out's shape."""
-
-    def gradients(self, grad):
-        """((dx, its bound), (dW, its bound), (db, its bound))"""
-        shapes = (*self.shape[:-1], self.x.shape[1]), self.weight.shape, self.weight.shape[:1]
-        found = super().gradients(grad)
-        return tuple(
-            tuple(t.reshape(shape).cpu().numpy() for t in pair) for shape, (_, *pair) in zip(shapes, found, strict=True)
-        )
-
-
 def within(actual, exact, bound, reach=0.0):
     """|actual − exact| ≤ bound, elementwise; false for NaN.
 
@@ -255,9 +243,8 @@ def assert_good(good, actual, exact, bound, what):
 
 
 def assert_within(actual, exact, bound, what):
-    """Asserts |actual − exact| ≤ bound, element by element; a NaN fails. exact, bound: tensors or NumPy arrays."""
+    """Asserts |actual − exact| ≤ bound, element by element; a NaN fails."""
     actual = actual.detach()
-    exact, bound = (torch.as_tensor(t, dtype=torch.float64, device=actual.device) for t in (exact, bound))
     exact, bound = (t.reshape(actual.shape) if t.numel() == actual.numel() else t for t in (exact, bound))
     assert actual.shape == exact.shape, f"{what}: shape {list(actual.shape)}, expected {list(exact.shape)}"
     assert_good(within(actual, exact, bound), actual, exact, bound, what)
