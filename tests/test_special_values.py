@@ -103,8 +103,8 @@ def assert_as_eager(out, x, weight, bias, scale, kernel, with_z, what):
 @pytest.mark.parametrize("dtype, precision", SETTINGS, ids=str)
 def test_the_operator(dtype, precision, m, k, n, device):
     """Scale 0 for the denormals, which do not show beside s/2."""
-    if device == "cpu" and m > 200:
-        pytest.skip("a size for the kernels of a GPU")
+    if device == "cpu" and m > 100:
+        pytest.skip("a size for GPUs")
     with settings(precision):
         for what, edit in SPECIALS.items():
             x, weight, bias, _ = random_arguments((m, k), n, dtype, device)
