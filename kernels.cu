@@ -2859,10 +2859,12 @@ void force_kernel(int kernel, int rows, int splits) { forced = {static_cast<Kern
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_unsafe_view.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -2871,7 +2873,6 @@ void force_kernel(int kernel, int rows, int splits) { forced = {static_cast<Kern
 #include <torch/library.h>
 
 #include <optional>
-#include <sstream>
 #include <string>
 #include <tuple>
 
@@ -2917,37 +2918,36 @@ template <typename... Parameters, typename... Arguments>
 void launch(const char* name, int (*function)(Parameters...), c10::Device device, Arguments... arguments) {
   const c10::impl::VirtualGuardImpl cuda(device.type());
   const int error = function(arguments..., device.index(), cuda.getStreamNativeHandle(cuda.getStream(device)));
-  TORCH_CHECK(error == 0, name, " failed: CUDA error ", error, ", ", error_string(error));
+  TORCH_CHECK(error == 0,
+              std::string(name) + " failed: CUDA error " + std::to_string(error) + ", " + error_string(error));
 }
 
-std::string name_of(at::ScalarType dtype) { return std::string("torch.").append(c10::getDtypeNames(dtype).first); }
-
-std::string describe(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  std::ostringstream text;
-  const auto add = [&](const char* name, const Tensor& t) {
-    text << name << ' ' << t.sizes() << ' ' << name_of(t.scalar_type()) << " on " << t.device();
-  };
-  add("x", x), add(", weight", weight);
-  if (bias) add(", bias", *bias);
-  return text.str();
+// Messages are strings, and TORCH_CHECK gets one: of several it makes a stream, and streams fail where the compiler
+// links a libstdc++ of its own into this library, beside PyTorch's.
+std::string describe(const char* name, const Tensor& t) {
+  std::string text = std::string(name) + " [";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i > 0 ? ", " : "") + std::to_string(t.size(i));
+  return text + "] torch." + c10::getDtypeNames(t.scalar_type()).first + " on " + t.device().str();
 }
 
 // Refuses, in nn.Linear's words, what is not x [..., K], weight [N, K] and bias [N] of one dtype on one device.
 void check(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-#define CHECK_ARGUMENTS(condition, ...) \
-  TORCH_CHECK(condition, "linear_sigmoid_residual(): ", __VA_ARGS__, ", got ", describe(x, weight, bias))
-  CHECK_ARGUMENTS(x.dim() > 0 && weight.dim() == 2 && (!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0))),
-                  "expected x [..., K], weight [N, K] and bias [N]");
-  CHECK_ARGUMENTS(x.size(-1) == weight.size(1), "mat1 and mat2 shapes cannot be multiplied (",
-                  c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)), "x", x.size(-1), " and ", weight.size(1),
-                  "x", weight.size(0), ")");
-  CHECK_ARGUMENTS(x.scalar_type() == weight.scalar_type() && (!bias || bias->scalar_type() == x.scalar_type()),
-                  "mat1 and mat2 must have the same dtype");
-  CHECK_ARGUMENTS(x.device() == weight.device() && (!bias || bias->device() == x.device()),
-                  "Expected all tensors to be on the same device");
-  CHECK_ARGUMENTS(dtype_of(x) >= 0, "not implemented for ", name_of(x.scalar_type()),
-                  ": expected float32, float16, bfloat16 or float64");
-#undef CHECK_ARGUMENTS
+  const auto got = [&](const std::string& what) {
+    return "linear_sigmoid_residual(): " + what + ", got " + describe("x", x) + ", " + describe("weight", weight) +
+           (bias ? ", " + describe("bias", *bias) : "");
+  };
+  const auto matrix = [](int64_t rows, int64_t cols) { return std::to_string(rows) + "x" + std::to_string(cols); };
+  TORCH_CHECK(x.dim() > 0 && weight.dim() == 2 && (!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0))),
+              got("expected x [..., K], weight [N, K] and bias [N]"));
+  TORCH_CHECK(x.size(-1) == weight.size(1),
+              got("mat1 and mat2 shapes cannot be multiplied (" +
+                  matrix(c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)), x.size(-1)) + " and " +
+                  matrix(weight.size(1), weight.size(0)) + ")"));
+  TORCH_CHECK(x.scalar_type() == weight.scalar_type() && (!bias || bias->scalar_type() == x.scalar_type()),
+              got("mat1 and mat2 must have the same dtype"));
+  TORCH_CHECK(x.device() == weight.device() && (!bias || bias->device() == x.device()),
+              got("Expected all tensors to be on the same device"));
+  TORCH_CHECK(dtype_of(x) >= 0, got("not implemented for this dtype: expected float32, float16, bfloat16 or float64"));
 }
 
 bool allows_tf32() {
@@ -3015,8 +3015,9 @@ std::tuple<Tensor, Tensor> forward_hopper(const Choice& choice, const Tensor& x_
 // z by the library's GEMM, then the epilogue: in place where z is not wanted.
 std::tuple<Tensor, Tensor> forward_library(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                            double scale, bool with_z) {
-  // As a matrix, since nn.functional.linear takes two kernels for other x that are not contiguous, and rounds twice.
-  Tensor z = at::linear(as_rows(x), weight, bias);
+  // What nn.functional.linear does with a matrix x; it takes two kernels for some others, and rounds twice.
+  const Tensor rows = as_rows(x), weight_t = weight.t();
+  Tensor z = bias ? at::addmm(*bias, rows, weight_t) : at::mm(rows, weight_t);
   if (x.dim() != 2) {
     auto sizes = x.sizes().vec();
     sizes.back() = weight.size(0);
@@ -3030,6 +3031,7 @@ std::tuple<Tensor, Tensor> forward_library(const Tensor& x, const Tensor& weight
 std::tuple<Tensor, Tensor> forward_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double scale,
                                         bool with_z) {
   check(x, weight, bias);
+  const at::AutoDispatchBelowADInplaceOrView guard;  // a shorter way to PyTorch's operators
   const int64_t n = weight.size(0), k = weight.size(1), m = k > 0 ? x.numel() / k : 0;
   const Choice choice = select_kernel(dtype_of(x), allows_tf32(), is_hopper(x.device().index()), m, n, k,
                                       weight.stride(1), /*transposed_w=*/false);
@@ -3040,8 +3042,8 @@ std::tuple<Tensor, Tensor> forward_cuda(const Tensor& x, const Tensor& weight, c
 std::tuple<Tensor, Tensor> backward_z_cuda(const Tensor& grad_, const Tensor& z_, double scale) {
   TORCH_CHECK(
       grad_.sizes() == z_.sizes() && grad_.scalar_type() == z_.scalar_type() && dtype_of(z_) >= 0 && z_.dim() > 0,
-      "backward_z: expected grad and z [..., N] of one floating-point dtype, got grad ", grad_.sizes(), " ",
-      name_of(grad_.scalar_type()), " and z ", z_.sizes(), " ", name_of(z_.scalar_type()));
+      "backward_z: expected grad and z [..., N] of one floating-point dtype, got " + describe("grad", grad_) + ", " +
+          describe("z", z_));
   const Tensor grad = grad_.contiguous(), z = z_.contiguous(), dz = at::empty_like(z);
   const int64_t cols = z.size(-1), rows = cols > 0 ? z.numel() / cols : 0;
   if (rows == 0) return {dz, at::zeros({cols}, z.options())};

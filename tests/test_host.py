@@ -66,7 +66,8 @@ class Host:
 def host(tmp_path_factory):
     path = tmp_path_factory.mktemp("host") / "host.so"
     folders = [f"-isystem{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
-    libraries = ["-lc10", "-ltorch_cpu", "-ltorch"]
+    # With a libstdc++ of its own beside PyTorch's, as some compilers link it always: streams do not work then.
+    libraries = ["-lc10", "-ltorch_cpu", "-ltorch", "-static-libstdc++"]
     return Host(compile_for_cpu(path, "-x", "c++", ROOT / "tests/cpu_kernels.cpp", "-x", "none", *folders, *libraries))
 
 
