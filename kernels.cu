@@ -2927,7 +2927,7 @@ void launch(const char* name, int (*function)(Parameters...), c10::Device device
 std::string describe(const char* name, const Tensor& t) {
   std::string text = std::string(name) + " [";
   for (int64_t i = 0; i < t.dim(); ++i) text += (i > 0 ? ", " : "") + std::to_string(t.size(i));
-  return text + "] torch." + c10::getDtypeNames(t.scalar_type()).first + " on " + t.device().str();
+  return (text + "] torch.").append(c10::getDtypeNames(t.scalar_type()).first) + " on " + t.device().str();
 }
 
 // Refuses, in nn.Linear's words, what is not x [..., K], weight [N, K] and bias [N] of one dtype on one device.

@@ -109,6 +109,13 @@ def prune_for_good(model):
     model.gemm.weight.data.mul_(2)
 
 
+def plain_tensors(model):
+    """As a network that computes another's weights has them, and nn.DataParallel's replicas."""
+    weight, bias = (2 * t.detach() for t in (model.gemm.weight, model.gemm.bias))
+    del model.gemm.weight, model.gemm.bias
+    model.gemm.weight, model.gemm.bias = weight, bias
+
+
 EDITS = {
     "weight.data +=": lambda m: m.gemm.weight.data.add_(0.5),
     "weight.data =": lambda m: setattr(m.gemm.weight, "data", another_weight(m)),
@@ -133,6 +140,7 @@ EDITS = {
     "shared weight": through_a_module_with_the_same_weight,
     "weight norm": weight_norm,
     "pruned for good": prune_for_good,
+    "plain tensors": plain_tensors,
 }
 
 
