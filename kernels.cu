@@ -2880,7 +2880,7 @@ static Choice select_kernel(int dtype, bool allows_tf32, bool is_hopper, int64_t
   const bool is_float32 = dtype == 0, is_16_bit = dtype == 1 || dtype == 2;
   const bool can_serve = is_hopper && (is_float32 || is_16_bit) && w_stride == 1 && m > 0 && n > 0 && k > 0;
   if (!can_serve) return {Kernel::kLibrary, 0, 0};
-  if (forced.rows > 0) return forced;
+  if (forced.rows > 0) return {forced.kernel, forced.rows, int(std::min<int64_t>(forced.splits, parts(k, 64)))};
   const auto precision = is_16_bit ? Precision::k16Bit : allows_tf32 ? Precision::kTF32 : Precision::kFloat32;
   return select_tile({m, n, k, precision, transposed_w});
 }
@@ -2912,6 +2912,7 @@ void force_kernel(int kernel, int rows, int splits) { forced = {static_cast<Kern
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -2964,10 +2965,12 @@ void launch(const char* name, int (*function)(Parameters...), c10::Device device
   TORCH_CHECK(error == 0, name, " failed: CUDA error ", error, ", ", error_string(error));
 }
 
+std::string name_of(at::ScalarType dtype) { return std::string("torch.").append(c10::getDtypeNames(dtype).first); }
+
 std::string describe(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   std::ostringstream text;
   const auto add = [&](const char* name, const Tensor& t) {
-    text << name << ' ' << t.sizes() << ' ' << t.scalar_type() << " on " << t.device();
+    text << name << ' ' << t.sizes() << ' ' << name_of(t.scalar_type()) << " on " << t.device();
   };
   add("x", x), add(", weight", weight);
   if (bias) add(", bias", *bias);
@@ -2987,7 +2990,7 @@ void check(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
                   "mat1 and mat2 must have the same dtype");
   CHECK_ARGUMENTS(x.device() == weight.device() && (!bias || bias->device() == x.device()),
                   "Expected all tensors to be on the same device");
-  CHECK_ARGUMENTS(dtype_of(x) >= 0, "not implemented for ", x.scalar_type(),
+  CHECK_ARGUMENTS(dtype_of(x) >= 0, "not implemented for ", name_of(x.scalar_type()),
                   ": expected float32, float16, bfloat16 or float64");
 #undef CHECK_ARGUMENTS
 }
@@ -3010,9 +3013,10 @@ bool has_aligned_rows(const Tensor& t) {
   return has_rows(t) && t.stride(0) * t.element_size() % 16 == 0 && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
 }
 
-// A copy of a matrix with zeros behind its rows up to a multiple of 16 bytes.
-Tensor padded(const Tensor& matrix) {
-  const Tensor t = matrix.stride(1) == 1 ? matrix : matrix.contiguous();
+Tensor with_rows(const Tensor& t) { return has_rows(t) ? t : t.contiguous(); }
+
+// A copy of a matrix that has rows, with zeros behind them up to a multiple of 16 bytes.
+Tensor padded(const Tensor& t) {
   const int64_t multiple = 16 / t.element_size(), cols = (t.size(1) + multiple - 1) / multiple * multiple;
   const Tensor copy = at::empty({t.size(0), cols}, t.options());
   launch("pad_rows", pad_rows, t.device(), t.data_ptr(), copy.data_ptr(), t.stride(0), t.size(0), t.size(1), cols,
@@ -3036,7 +3040,7 @@ void launch_hopper(const Choice& choice, bool transposed_w, const Tensor& x, con
 // out and, where it is wanted, z by the fused kernel.
 std::tuple<Tensor, Tensor> forward_hopper(const Choice& choice, const Tensor& x_, const Tensor& weight_,
                                           const OptionalTensor& bias, double scale, bool with_z) {
-  Tensor x = as_rows(x_), weight = has_rows(weight_) ? weight_ : weight_.contiguous();
+  Tensor x = with_rows(as_rows(x_)), weight = with_rows(weight_);
   const int64_t m = x.size(0), n = weight.size(0);
   auto sizes = x_.sizes().vec();
   sizes.back() = n;
@@ -3082,7 +3086,7 @@ std::tuple<Tensor, Tensor> backward_z_cuda(const Tensor& grad_, const Tensor& z_
   TORCH_CHECK(
       grad_.sizes() == z_.sizes() && grad_.scalar_type() == z_.scalar_type() && dtype_of(z_) >= 0 && z_.dim() > 0,
       "backward_z: expected grad and z [..., N] of one floating-point dtype, got grad ", grad_.sizes(), " ",
-      grad_.scalar_type(), " and z ", z_.sizes(), " ", z_.scalar_type());
+      name_of(grad_.scalar_type()), " and z ", z_.sizes(), " ", name_of(z_.scalar_type()));
   const Tensor grad = grad_.contiguous(), z = z_.contiguous(), dz = at::empty_like(z);
   const int64_t cols = z.size(-1), rows = cols > 0 ? z.numel() / cols : 0;
   if (rows == 0) return {dz, at::zeros({cols}, z.options())};
@@ -3103,7 +3107,7 @@ Tensor matmul_cuda(const Tensor& a, const Tensor& b) {
                            b.size(0), b.stride(1), /*transposed_w=*/true);
   if (choice.kernel != Kernel::kFp16x3) return at::matmul(a, b);
   const int64_t k = b.size(0), n = b.size(1);
-  Tensor rows = as_rows(a);
+  Tensor rows = with_rows(as_rows(a));
   if (!has_aligned_rows(rows) || k % 4 != 0) rows = padded(rows);
   auto sizes = a.sizes().vec();
   sizes.back() = n;
@@ -3174,8 +3178,12 @@ struct LinearSigmoidResidual : torch::autograd::Function<LinearSigmoidResidual> 
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list& gradients) {
-    const auto saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &weight = saved[1], &z = saved[2];
+    auto saved = ctx->get_saved_variables();
+    const Tensor x = std::move(saved[0]), weight = std::move(saved[1]);
+    Tensor z = std::move(saved[2]);
+    // Where the graph is not kept, PyTorch lets go of what is saved behind the backward, and we before the products.
+    if (!torch::autograd::get_current_graph_task_keep_graph())
+      if (const auto node = torch::autograd::get_current_node()) node->release_variables();
     const double scale = ctx->saved_data["scale"].toDouble();
     const auto& operators = *reinterpret_cast<const Operators*>(ctx->saved_data["operators"].toInt());
     Tensor grad = std::move(gradients[0]), grad_of_z = std::move(gradients[1]), dz, dbias;
@@ -3194,7 +3202,7 @@ struct LinearSigmoidResidual : torch::autograd::Function<LinearSigmoidResidual> 
       at::AutoDispatchBelowADInplaceOrView guard;
       std::tie(dz, dbias) = operators.backward_z.call(grad, z, scale);
     }
-    grad.reset(), grad_of_z.reset();  // the products need memory
+    grad.reset(), grad_of_z.reset(), z.reset();  // the products need memory
     const auto product = [&](const Tensor& a, const Tensor& b) {
       if (in_parts || a.scalar_type() != at::kFloat) return at::matmul(a, b);
       at::AutoDispatchBelowADInplaceOrView guard;
@@ -3208,7 +3216,18 @@ struct LinearSigmoidResidual : torch::autograd::Function<LinearSigmoidResidual> 
   }
 };
 
+}  // namespace
+
+// Without PyTorch's lock, which release_variables takes. (Nothing but that changes the node.)
+template <>
+torch::autograd::variable_list torch::autograd::CppNode<LinearSigmoidResidual>::apply(variable_list&& inputs) {
+  return CppNode_apply_functional<LinearSigmoidResidual>(std::move(inputs), ctx_, is_variable_input_, output_info_,
+                                                         name());
+}
+
 // ---------------------------------------------------------------------------- registration
+
+namespace {
 
 void register_implementations(torch::Library& library, const std::string& device, const Operators* operators) {
   const auto at_key = [](const std::string& key, auto kernel) {

@@ -182,7 +182,7 @@ def _are_plain(x, weight, bias, scale):
         kind = type(t)
         if not (kind is torch.Tensor or kind is nn.Parameter or kind.__module__.startswith("torch._subclasses.")):
             return False
-    return type(scale) is float or type(scale) is int
+    return type(scale) is float or (type(scale) is int and abs(scale) < 2**53)
 
 
 def linear_sigmoid_residual(x, weight, bias, scale):

@@ -35,6 +35,7 @@ except ImportError:
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import model_new
+from bench import bindings
 from bench.tables import some_of
 from model_new import Model, ModelNew, errors_against_float64, linear_sigmoid_residual, select_kernel, times_in_turns
 
@@ -379,7 +380,7 @@ def pytorch_layers(eager, x):
         "eager": lambda: eager(x),
         "torch.compile": lambda: compiled(x),
         "torch.compile, max-autotune": lambda: autotuned(x),
-        "library + epilogue": lambda: model_new._library_cuda(x, weight, bias, SCALE),  # whatever kernel is selected
+        "library + epilogue": lambda: bindings.library_layer(x, weight, bias, SCALE),  # whatever kernel is selected
     }
 
 
@@ -631,7 +632,7 @@ def epilogue_section(arguments):
     out, big_out, grad = torch.empty_like(z), torch.empty_like(big), torch.randn_like(z)
 
     def forward(source, target):
-        model_new._epilogue_cuda(source, target, SCALE)
+        bindings.epilogue(source, target, SCALE)
 
     small_copy, big_copy = f"copy, {z.nbytes / 1e6:.1f} MB", f"copy, {big.nbytes / 1e9:.2f} GB"
     functions = {  # name: (bytes read and written, function)

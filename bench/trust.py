@@ -137,7 +137,7 @@ class Run:
         for shape, dtype, precision, tile in kernels(self.device, shapes, only):
             if row.out_of_time():
                 return
-            with settings(precision), fuzz.any_tile(tile):
+            with settings(precision), fuzz.any_tile(tile, dtype, shape[1]):
                 x, weight, bias, scale = inputs(shape, dtype, self.device)
                 what = describe(x, weight, bias) + (f", tile {tile}" if tile is not None else "")
                 row.attempt(what, body, x, weight, bias, scale)
@@ -749,7 +749,7 @@ def child_shapes():
     for shape, dtype, precision, tile in (*kernels("cuda", [TILE_SHAPE]), *with_tiles):
         if time.perf_counter() - start > SANITIZER_SECONDS:
             break
-        with settings(precision), fuzz.any_tile(tile):
+        with settings(precision), fuzz.any_tile(tile, dtype, shape[1]):
             x, weight, bias, scale = case = inputs(shape, dtype, "cuda")
             gradients(*case)
             if dtype == torch.float32:  # with sums that have lost their bits, which are computed again

@@ -1,6 +1,10 @@
 """Fixtures. `device` runs a test on the CPU and, where there is one, on the CUDA device."""
 
+import ctypes
 import os
+import pathlib
+import subprocess
+import tempfile
 
 import pytest
 import torch
@@ -11,6 +15,35 @@ import model_new
 # Before the first product: with AMX, oneDNN's bfloat16 product (PyTorch 2.14.1) reads past a row of x, and NaN there or
 # in the next row counts. Eager's is wrong in the same way, so that it is not for this layer to mend.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+
+ROOT = pathlib.Path(model_new.__file__).parent
+
+
+def compile_for_cpu(library, *arguments):
+    """Compiles kernels.cu's part for g++, whose other part, nvcc's, is not needed to choose among kernels."""
+    command = [
+        "g++",
+        "-std=c++20",
+        "-Wall",
+        "-Wextra",
+        "-shared",
+        "-fPIC",
+        "-x",
+        "c++",
+        ROOT / "kernels.cu",
+        "-x",
+        "none",
+    ]
+    result = subprocess.run([*command, *arguments, "-o", library], capture_output=True, text=True)
+    assert result.returncode == 0 and "kernels.cu" not in result.stderr, result.stderr
+    return ctypes.CDLL(str(library))
+
+
+if model_new._library is None:  # without a CUDA device nothing is built, and there is a choice all the same
+    with tempfile.TemporaryDirectory() as folder:
+        selection = compile_for_cpu(pathlib.Path(folder) / "selection.so", "-D", "SELECTION_ONLY")
+    model_new._library = model_new._declare(selection)
+    model_new._library.is_hopper = lambda index: index == 0
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -60,13 +93,21 @@ def model_pair():
 
 
 class Operators(TorchDispatchMode):
-    """Names of our operators that ran."""
+    """Names of our operators that ran on a CUDA device; on the CPU they consist of others before a mode sees them."""
 
     def __enter__(self):
         self.names = []
         return super().__enter__()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "linear_sigmoid_residual":
+        if function.namespace == model_new._namespace:
             self.names.append(function._schema.name.split("::")[1])
         return function(*args, **(kwargs or {}))
+
+
+def is_fused(model, x):
+    """Whether a call of ModelNew is a call of our operator, on any device."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+        model(x)
+    names = {event.key for event in profile.key_averages()}
+    return f"{model_new._namespace}::forward" in names

@@ -14,6 +14,7 @@ from reference import DTYPES, compute_roundoff, storage_roundoff
 from tiles import tiles
 
 import model_new
+from bench import bindings
 
 PRECISIONS = ("highest", "high", "medium")
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
@@ -128,7 +129,9 @@ class Expected:
 
     def __init__(self, x, weight, bias, scale, arithmetic, with_gradient):
         self.arithmetic, self.scale, self.shape = arithmetic, scale, (*x.shape[:-1], len(weight))
-        self.x, self.weight, bias = (t.detach().double() for t in (model_new._rows(x), weight, bias))
+        self.x, self.weight, bias = (
+            t.detach().double() for t in (x.flatten(0, -2) if x.dim() > 1 else x[None], weight, bias)
+        )
         u = compute_roundoff(arithmetic.dtype)
         self.z, bound = arithmetic.product(self.x, self.weight, bias)
         if arithmetic.kernel != "wgmma16" or with_gradient:
@@ -222,26 +225,18 @@ def settings(precision):
 
 
 @contextmanager
-def any_tile(index):
-    """On Hopper, kernels.cu's fused kernel whatever the size, with one of its tiles: `index` counts them around.
-
-    None: what select_tile says.
+def any_tile(index, dtype, k):
+    """On Hopper, kernels.cu's fused kernel whatever the size, with one of its tiles for x of this dtype and K: `index`
+    counts them around. None: what is selected.
     """
-    if index is None:
+    if index is None or dtype == torch.float64:
         yield
         return
-
-    def select_tile(precision, m, n, k, transposed=False):
-        kernels = {"float32": ["fp16x3"], "tf32": ["fp16x1", "fp16x1_staged"], "16 bit": ["wgmma16"]}[precision]
-        all_tiles = [tile for kernel in kernels for tile in tiles(kernel, k)]
-        return all_tiles[index % len(all_tiles)] if min(m, n, k) else None
-
-    before = model_new.select_tile, model_new._SMALLEST_W
-    model_new.select_tile, model_new._SMALLEST_W = select_tile, 1  # an empty W stays the library's
-    try:
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    kernels = ("wgmma16",) if dtype.itemsize == 2 else ("fp16x1", "fp16x1_staged") if tf32 else ("fp16x3",)
+    all_tiles = [tile for kernel in kernels for tile in tiles(kernel, k)]
+    with bindings.forced(*all_tiles[index % len(all_tiles)]):
         yield
-    finally:
-        model_new.select_tile, model_new._SMALLEST_W = before
 
 
 @contextmanager
@@ -506,7 +501,7 @@ def run(case, device):
     AssertionError: a result is not the layer's. GuardError: a byte of the buffers in which x, W and b lie, or of what
     lies beside the results, is not what it was.
     """
-    with settings(case.precision), any_tile(case.tile):
+    with settings(case.precision), any_tile(case.tile, getattr(torch, case.dtype), case.k):
         return _run(case, device)
 
 

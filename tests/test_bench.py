@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model_new
 
 pytest.importorskip("triton")  # without it bench/reference.py ends
-from bench import reference
+from bench import bindings, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench/results/nvidia-h200.json"
@@ -39,7 +39,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(reference, "scratch_megabytes", lambda function: 1.5)
     monkeypatch.setattr(reference, "triton_layer", lambda x, weight, bias, scale, _: layer(x, weight, bias, scale))
     monkeypatch.setitem(sys.modules, "jax", None)
-    monkeypatch.setattr(model_new, "_library_cuda", layer)
+    monkeypatch.setattr(bindings, "library_layer", layer)
     monkeypatch.setattr(torch, "compile", lambda model, mode=None: modes.append(mode) or model)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
@@ -274,7 +274,7 @@ def test_the_library_fuses_the_bias():
 
     x, weight, bias = torch.randn(16, 48), torch.randn(32, 48), torch.randn(32)
     with torch.no_grad(), Watch():
-        model_new._linear(x, weight, bias)
+        torch.nn.functional.linear(x, weight, bias)
     assert calls[-1] == ("aten.addmm.default", [(32,), (16, 48), (48, 32)])
     assert not [name for name, _ in calls[:-1] if not name.startswith(("aten.t.", "aten.view."))]
 

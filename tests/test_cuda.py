@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import needs_cuda
 from reference import DTYPES, Layer, peak_bytes, random_arguments
-from tiles import scratch_bytes
 from torch import nn
 
 import model_new
+from bench.bindings import dtype_number, launch, scratch_bytes
 from model_new import ModelNew, linear_sigmoid_residual
 
 pytestmark = [needs_cuda, pytest.mark.usefixtures("float32_sums")]
@@ -168,12 +168,9 @@ def test_nothing_outside_the_outputs_is_written(rows, cols, offset):
     z, grad = block(numel, 0.5)[1], block(numel, 1.0)[1]
     sizes = {"out": numel, "dz": numel, "partial sums": strips * cols, "dbias": cols}
     blocks = {name: block(size, -7.0) for name, size in sizes.items()}
-    out, dz, partial_sums, dbias = (inside.data_ptr() for _, inside in blocks.values())
-    library = model_new._cuda
-    dtype = model_new._DTYPES[z.dtype]
-    model_new._launch(library.epilogue_forward, z.device, z.data_ptr(), out, numel, 2.0, dtype)
-    pointers = [grad.data_ptr(), z.data_ptr(), dz, partial_sums, dbias]
-    model_new._launch(library.epilogue_backward, z.device, *pointers, rows, cols, strips, 2.0, dtype)
+    out, dz, partial_sums, dbias = (inside for _, inside in blocks.values())
+    launch("epilogue_forward", z, out, numel, 2.0, dtype_number(z.dtype))
+    launch("epilogue_backward", grad, z, dz, partial_sums, dbias, rows, cols, strips, 2.0, dtype_number(z.dtype))
     for name, (whole, inside) in blocks.items():
         assert untouched(whole, -7.0), f"written outside of {name}"
         assert (inside != -7.0).all(), f"not all of {name} was written"

@@ -23,6 +23,7 @@ from fuzz import (
     place,
     run,
 )
+from fuzz import settings as fuzz_settings
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import DTYPES
@@ -91,17 +92,16 @@ def test_the_large_cases_enter_the_kernels_that_need_them():
 
 
 def test_any_tile_lasts_as_long_as_its_context():
-    before = model_new.select_tile
-    seen = set()
-    for index in range(18):
-        with any_tile(index):
-            seen |= {model_new.select_tile(precision, 5, 7, 520) for precision in ("float32", "tf32", "16 bit")}
-            assert model_new.select_tile("tf32", 0, 7, 520) is None
-    assert model_new.select_tile is before
-    assert {kernel for kernel, *_ in seen} == {"fp16x3", "fp16x1", "fp16x1_staged", "wgmma16"}
-    assert len(seen) == 18 + 18 + 17
-    with any_tile(3):
-        assert model_new.select_tile("16 bit", 5, 7, 60)[2] == 1  # one block of k: nothing to divide
+    """Each of them is what select_tile says inside, and nothing is outside."""
+    shape = 5, 7, 520
+    for precision, dtype, count in (("highest", "float32", 18), ("high", "float32", 18), ("highest", "float16", 17)):
+        kind = "16 bit" if dtype == "float16" else "tf32" if precision == "high" else "float32"
+        seen = set()
+        for index in range(count):
+            with fuzz_settings(precision), any_tile(index, getattr(torch, dtype), 520):
+                seen.add(model_new.select_tile(kind, *shape))
+                assert model_new.select_tile(kind, 0, 7, 520) is None
+        assert len(seen) == count and model_new.select_tile(kind, *shape) is None
 
 
 def test_memory_at_an_address():
@@ -128,7 +128,7 @@ PLAIN = Case(
 )
 with_gradient = dataclasses.replace(PLAIN, gradient="xwb")
 
-operator = model_new.linear_sigmoid_residual  # the right one
+operator = model_new._forward  # the right one
 
 
 def changed_out(change):
@@ -232,16 +232,7 @@ def test_a_mistake_is_seen(mistake, module, monkeypatch):
     case, wrong, words = MISTAKES[mistake]
     case = dataclasses.replace(case, module=module)
     run(case, "cpu")
-    monkeypatch.setattr(model_new, "linear_sigmoid_residual", wrong)
+    for name in ("linear_sigmoid_residual", "_forward"):  # the module calls the latter
+        monkeypatch.setattr(model_new, name, wrong)
     with pytest.raises(GuardError if "written" in words else AssertionError, match=words):
         run(case, "cpu")
-
-
-def test_any_tile_leaves_empty_weights_to_the_library(monkeypatch):
-    """Whatever the size that is forced, there is no product without k, n or m."""
-    monkeypatch.setattr(model_new, "_hopper_devices", {None})  # the index of the CPU
-    for m, n, k in ((0, 7, 520), (5, 0, 520), (5, 7, 0)):
-        with any_tile(3):
-            assert model_new._tile_of(torch.empty(m, k), torch.empty(n, k)) is None
-    with any_tile(3):
-        assert model_new._tile_of(torch.empty(5, 520), torch.empty(7, 520))

@@ -11,10 +11,11 @@ import pytest
 import torch
 from conftest import needs_cuda
 from reference import storage_roundoff
-from tiles import FLOAT32_KINDS, KINDS, PRECISIONS, a_shape_of, name_of, scratch_bytes, tiles
+from tiles import FLOAT32_KINDS, KINDS, PRECISIONS, a_shape_of, name_of, tiles
 from torch import nn
 
-import model_new
+from bench import bindings
+from bench.bindings import scratch_bytes
 from model_new import ModelNew, linear_sigmoid_residual, select_kernel
 
 pytestmark = [
@@ -34,12 +35,12 @@ each_float32_kernel = pytest.mark.parametrize("kernel", [kernel for kernel, _ in
 
 
 def fused(tile, x, weight, bias, scale=2.0):
-    return model_new._hopper_cuda(tile, x, weight, bias, scale)[0]
+    return bindings.fused(tile, x, weight, bias, scale)[0]
 
 
 def fused_with_z(tile, x, weight, bias, scale=2.0):
     """(out, z); out must be what it is without z."""
-    out, z = model_new._hopper_cuda(tile, x, weight, bias, scale, with_z=True)
+    out, z = bindings.fused(tile, x, weight, bias, scale, with_z=True)
     alone = fused(tile, x, weight, bias, scale)
     assert ((out == alone) | (out.isnan() & alone.isnan())).all(), f"{tile}: out is another where z is wanted"
     return out, z
@@ -200,8 +201,8 @@ def test_tiles_that_there_are_not(kernel, dtype, k):
         if tile in tiles(kernel, k):
             expected.check(tile, fused(tile, *case))
         else:
-            with pytest.raises(RuntimeError, match="linear_hopper failed: CUDA error 1, invalid argument"):
-                fused(tile, *case)
+            with pytest.raises(RuntimeError, match="linear_hopper failed: CUDA error 1"):
+                launch_with_guarded_scratch(tile, *case, *(torch.empty(33, 40, dtype=dtype, device="cuda"),) * 2)
 
 
 @pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 0, 64), (2, 3, 50, 64), (1, 1, 64)], ids=str)
@@ -241,9 +242,9 @@ def launch_with_guarded_scratch(tile, x, weight, bias, out, z):
     sizes = len(x), *weight.shape
     between = scratch_bytes(kernel, *sizes)
     scratch = torch.full((1024 + between + 1024,), 255, dtype=torch.uint8, device="cuda")  # NaN, in any type
-    pointers = [t.data_ptr() for t in (x, weight, bias, out, z)] + [scratch.data_ptr() + 1024]
-    numbers = x.stride(0), weight.stride(0), *sizes, 2.0, model_new._DTYPES[x.dtype], model_new._CONVERSIONS[kernel]
-    model_new._launch(model_new._cuda.linear_hopper, x.device, *pointers, *numbers, *shape)
+    tensors = x, weight, bias, out, z, scratch[1024:]
+    numbers = x.stride(0), weight.stride(0), *sizes, 2.0, bindings.dtype_number(x.dtype)
+    bindings.launch("linear_hopper", *tensors, *numbers, bindings.KERNELS.index(kernel), False, *shape)
     assert (scratch[:1024] == 255).all() and (scratch[-1024:] == 255).all(), tile
 
 
@@ -281,13 +282,10 @@ def test_nothing_outside_is_read_or_written(kernel, dtype, m, n, k, offset):
     The other numbers are NaN in 16 bits. In float32 an element that is NaN would be computed again, and be right then:
     they are 1e15, whose products are finite, and which in a row's scale leaves nothing of the row's own numbers.
     """
-    shift = 0
-    if kernel == "fp16x1_staged":  # reads rows of any alignment
-        k, shift = k - 1, offset
     case = random_case(m, n, k, dtype)
     expected = Expected(*case)
     value, stride = 1e15 if dtype == torch.float32 else NAN, k + 8
-    x, weight = (surrounded(t, stride, shift, value) for t in case[:2])
+    x, weight = (surrounded(t, stride, 0, value) for t in case[:2])
     bias = surrounded(case[2], 1, offset, value)
     for tile in tiles(kernel, k, splits=(1, 3)):
         out, z = (Guarded(m, n, dtype, offset * 4 // dtype.itemsize) for _ in range(2))
@@ -335,9 +333,9 @@ def test_rows_are_padded_with_zeros(dtype, extra, offset):
         padded = -(-k // multiple) * multiple
         to = Guarded(rows, padded, dtype, 16 // dtype.itemsize)
         numbers = t.stride(0), rows, k, padded, dtype.itemsize
-        model_new._launch(model_new._cuda.pad_rows, t.device, t.data_ptr(), to.inside.data_ptr(), *numbers)
+        bindings.launch("pad_rows", t, to.inside, *numbers)
         expected = nn.functional.pad(contents, (0, padded - k))
-        assert torch.equal(to.inside, expected) and torch.equal(model_new._padded(t), expected), (rows, k)
+        assert torch.equal(to.inside, expected), (rows, k)
         assert to.is_untouched_outside(), (rows, k)
 
 
@@ -889,7 +887,7 @@ def _module(kernel, dtype):
     tile, (x, weight, _) = served_by(kernel, dtype)
     with torch.device("cuda"):
         model = ModelNew(x.shape[1], len(weight), 2.0).to(dtype)
-    assert model_new._tile_of(x, model.gemm.weight) == tile
+    assert select_kernel(x, model.gemm.weight) == tile[0]
     return tile, model, x
 
 
@@ -951,7 +949,7 @@ def test_graph_capture_and_replay(kernel, dtype, how):
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = [model_new._hopper_cuda(tile, x, weight, bias, 2.0, with_z=True) for tile in some]
+        results = [bindings.fused(tile, x, weight, bias, 2.0, with_z=True) for tile in some]
     for _ in range(3):
         x.normal_()
         weight.normal_().mul_(1 / 32)
@@ -1015,24 +1013,21 @@ def test_runs_on_the_tensors_device(kernel, dtype):
 
 
 @each_kind
-def test_what_is_selected_is_called(kernel, dtype, monkeypatch):
-    """With the tile that select_tile names, with and without a gradient; and its result is the operator's."""
+def test_what_is_selected_is_called(kernel, dtype):
+    """The fused kernel, with and without a gradient, and with the bits of the tile that select_tile names."""
     tile, case = served_by(kernel, dtype)
     out, z = fused_with_z(tile, *case)
-    calls, hopper_cuda = [], model_new._hopper_cuda
-
-    def spy(tile, *arguments, with_z=False):
-        calls.append((tile, with_z))
-        return hopper_cuda(tile, *arguments, with_z=with_z)
-
-    monkeypatch.setattr(model_new, "_hopper_cuda", spy)
-    assert torch.equal(linear_sigmoid_residual(*case, 2.0), out)
-    assert torch.equal(linear_sigmoid_residual(case[0].clone().requires_grad_(), *case[1:], 2.0), out)
+    wants_gradient = case[0].clone().requires_grad_()
+    for call, fused_kernel in (
+        (lambda: linear_sigmoid_residual(*case, 2.0), True),
+        (lambda: linear_sigmoid_residual(wants_gradient, *case[1:], 2.0), True),
+        (lambda: linear_sigmoid_residual(case[0], case[1].t().contiguous().t(), case[2], 2.0), False),  # W transposed
+    ):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+            result = call()
+        assert any("linear_kernel" in event.key for event in profile.key_averages()) == fused_kernel
+        assert torch.equal(result, out) or not fused_kernel
     assert all(map(torch.equal, torch.ops.linear_sigmoid_residual.forward_with_z(*case, 2.0), (out, z)))
-    assert calls == [(tile, False), (tile, True), (tile, True)]
-    calls.clear()
-    linear_sigmoid_residual(case[0], case[1].t().contiguous().t(), case[2], 2.0)  # W transposed: the library's
-    assert calls == []
 
 
 def test_the_precision_is_that_of_the_moment():
@@ -1041,9 +1036,9 @@ def test_the_precision_is_that_of_the_moment():
     expected = Expected(*case)
     for precision, kernel in (("highest", "fp16x3"), ("high", "fp16x1"), ("medium", "fp16x1"), ("highest", "fp16x3")):
         torch.set_float32_matmul_precision(precision)
-        tile = model_new._tile_of(*case[:2])
-        assert tile[0] == kernel
+        assert select_kernel(*case) == kernel
         out = linear_sigmoid_residual(*case, 2.0)
+        tile = kernel, 256, 0
         assert torch.equal(out, fused(tile, *case))
         expected.check(tile, out)
 

@@ -1,14 +1,17 @@
 """Which kernel serves which case.
 
-That is decided by dtypes, shapes, strides and settings alone: fake tensors stand for those on a GPU, and no GPU is
-needed. test_hopper.py looks whether what is selected is called.
+That is decided in kernels.cu by dtypes, shapes, strides and settings alone: fake tensors stand for those on a GPU, and
+no GPU is needed. test_hopper.py looks whether what is selected is called.
 """
 
 import itertools
+import json
+import pathlib
 import random
 
 import pytest
 import torch
+from conftest import needs_cuda
 from tiles import KINDS, PRECISIONS, a_shape_of, name_of, tiles
 from torch._subclasses import FakeTensorMode
 
@@ -62,28 +65,52 @@ def test_a_copy_of_w_counts_as_the_tiles_that_read_it():
 @pytest.mark.parametrize("precision", KERNELS)
 def test_unaligned_rows_of_w(precision):
     """W is then copied for the call, which many rows of x repay: cuBLAS has a quarter of its rate there."""
-    for m, (k, n) in itertools.product((100, 200, 1024), ((8191, 8193), (11007, 4095))):
+    for m, (k, n) in itertools.product((257, 512, 1024), ((8191, 8193), (11007, 4095))):
         assert select_tile(precision, m, n, k) is not None, (m, n, k)
-        assert select_tile(precision, 3, n, k) is None, (n, k)
+        assert select_tile(precision, 1, n, k) is None, (n, k)
     # A transposed W's rows lie along n.
     assert select_tile("float32", 256, 1024, 1023, transposed=True) == select_tile("float32", 256, 1024, 1024)
 
 
-def test_half_a_wave_is_enough_for_tf32():
-    """As soon as both blocks of a cluster have rows: cuBLAS' tiles fit up to 256 rows of this W, and no more."""
-    served = [(257, 8192, 8192), (513, 4096, 11008), (448, 5120, 5120)]
-    assert all(select_tile("tf32", *shape) == ("fp16x1", 256, 0) for shape in served)
-    others = [(256, 8192, 8192), (256, 8448, 8192), (384, 5632, 8192), (384, 11008, 4096)]
-    assert all(select_tile("tf32", *shape) is None for shape in others)
+# Measured on an H200 and an H100, beside the library: (precision, (M, N, K), whether the kernel was faster).
+MEASURED = [
+    *(("tf32", shape, True) for shape in ((257, 8192, 8192), (513, 4096, 11008), (448, 5120, 5120))),
+    *(
+        ("tf32", shape, False)
+        for shape in ((256, 8192, 8192), (256, 8448, 8192), (384, 5632, 8192), (384, 11008, 4096))
+    ),
+    *(("16 bit", shape, True) for shape in ((512, 8192, 8192), (1000, 8192, 8192), (1024, 8192, 8192))),
+    *(("16 bit", shape, True) for shape in ((256, 16384, 1024), (1536, 11008, 4096), (4096, 3072, 768))),
+    *(("16 bit", shape, False) for shape in ((768, 8192, 8192), (1025, 8192, 8192), (900, 8192, 8192))),
+    *(("16 bit", shape, False) for shape in ((1025, 4096, 4096), (1024, 5120, 5120), (930, 8192, 8192))),
+]
 
 
-def test_16_bits_in_large_tiles_only_where_they_fill_the_sms():
-    """Elsewhere cuBLAS has better ones: measured, up to 1.7 times as fast."""
-    fill = [(512, 8192, 8192), (1024, 8192, 8192), (256, 16384, 1024), (1536, 11008, 4096), (4096, 3072, 768)]
-    assert all(select_tile("16 bit", *shape) == ("wgmma16", 256, 0) for shape in fill)
-    leave_idle = [(768, 8192, 8192), (1025, 8192, 8192), (1025, 4096, 4096), (1024, 5120, 5120), (2048, 3072, 768)]
-    half_full = [(900, 8192, 8192), (930, 8192, 8192)]
-    assert all(select_tile("16 bit", *shape) is None for shape in leave_idle + half_full)
+@pytest.mark.parametrize("precision, shape, faster", MEASURED, ids=str)
+def test_the_faster_one_serves(precision, shape, faster):
+    """Half a wave of tiles of 256 rows is enough for TF32, whose cuBLAS has tiles of 128 x 128 in whole waves; in 16
+    bits only tiles that are full and fill the SMs, elsewhere cuBLAS is up to 1.7 times as fast.
+    """
+    assert (select_tile(precision, *shape) is not None) == faster
+
+
+def test_no_cell_of_the_recorded_grid_becomes_slower_than_eager():
+    """Of the cells that the recorded kernel still serves, none was slower than eager by 2 %. Elsewhere the time is
+    not in the record: the library's GEMM is eager's, with fewer passes behind it.
+    """
+    rows = json.loads((pathlib.Path(model_new.__file__).parent / "bench/results/nvidia-h200-grid.json").read_text())
+    cells = {}
+    for row in rows:
+        if row["section"] == "grid":
+            cells.setdefault((row["precision"], row["dtype"], *row["shape"]), {})[row["name"]] = row
+    seen = 0
+    for (setting, dtype, m, k, n), cell in cells.items():
+        precision = "16 bit" if dtype != "float32" else "tf32" if setting == "high" else "float32"
+        tile = select_tile(precision, m, n, k)
+        if tile and tile[0] == cell["ModelNew"]["kernel"]:
+            assert cell["ModelNew"]["ms"] <= 1.02 * cell["eager"]["ms"], (precision, m, n, k)
+            seen += 1
+    assert seen >= 100
 
 
 @pytest.mark.parametrize("precision", KERNELS)
@@ -91,14 +118,14 @@ def test_16_bits_in_large_tiles_only_where_they_fill_the_sms():
 def test_the_library_serves_what_is_empty_or_too_large(size, precision):
     served = 1024, 8192, 8192
     assert select_tile(precision, *served) is not None
-    for which in range(3) if size else range(2):  # without k there is no product: _tile_of says so
+    for which in range(3):
         assert select_tile(precision, *(size if i == which else other for i, other in enumerate(served))) is None
 
 
 @pytest.mark.parametrize("precision", KERNELS)
 def test_the_library_serves_few_columns(precision):
     """Which were not measured: a long K would leave most SMs without work."""
-    assert select_tile(precision, 16, 512, 2048) is not None
+    assert select_tile(precision, 16, 512, 1024) is not None
     few = (511, 2048), (256, 2048), (1, 2**20)
     assert all(select_tile(precision, m, n, k) is None for m in SIZES for n, k in few)
 
@@ -109,7 +136,7 @@ def test_the_library_serves_few_columns(precision):
 @pytest.fixture
 def hopper(monkeypatch):
     """Device 0 is a Hopper GPU; new tensors are fake."""
-    monkeypatch.setattr(model_new, "_hopper_devices", {0})
+    monkeypatch.setattr(model_new._library, "is_hopper", lambda index: index == 0)
     with FakeTensorMode():
         yield
 
@@ -145,7 +172,7 @@ def test_each_kernel_serves_some_shape(kernel, dtype, hopper):
     torch.set_float32_matmul_precision(PRECISIONS[kernel][1])
     shape, tile = a_shape_of(kernel)
     x, weight, bias = arguments(*shape, dtype)
-    assert select_kernel(x, weight, bias) == kernel and model_new._tile_of(x, weight) == tile
+    assert select_kernel(x, weight, bias) == kernel == tile[0]
 
 
 @pytest.mark.parametrize("setting, values", [("allow_tf32", (True, False)), ("fp32_precision", ("tf32", "ieee"))])
@@ -201,13 +228,13 @@ def test_the_library_serves_empty_tensors(dtype, which, hopper):
     assert select_kernel(x.view(2, x.shape[0] // 2, x.shape[1]), weight, bias) == "library"
 
 
-@pytest.mark.parametrize("devices", [set(), {1}])
-def test_the_library_serves_other_devices(devices, hopper, monkeypatch):
-    monkeypatch.setattr(model_new, "_hopper_devices", devices)
-    assert select_kernel(*arguments()) == "library"
+def test_the_library_serves_other_devices(hopper, monkeypatch):
+    assert select_kernel(*arguments(device="cuda:1")) == "library"
     assert select_kernel(*arguments(device="cpu")) == "cpu"
 
 
+@needs_cuda
 def test_hopper_gpus_are_those_of_compute_capability_9_0():
-    capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    assert model_new._hopper_devices == {i for i, capability in enumerate(capabilities) if capability == (9, 0)}
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        assert bool(model_new._library.is_hopper(index)) == (capability == (9, 0))

@@ -39,8 +39,3 @@ def a_shape_of(kernel):
         if tile and tile[0] == kernel:
             return (m, n, k), tile
     raise AssertionError(f"none of the shapes tried is served by {kernel}")
-
-
-def scratch_bytes(kernel, m, n, k):
-    """Of memory that a kernel needs for one call."""
-    return model_new._cuda.linear_hopper_scratch(m, n, k, model_new._CONVERSIONS[kernel])

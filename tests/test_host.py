@@ -1,0 +1,351 @@
+"""kernels.cu's part for g++ on the CPU: the operators, their autograd and autocast, in front of cpu_kernels.cpp instead
+of the device code, which refuses what a kernel must not be handed.
+"""
+
+import contextlib
+import ctypes
+import pathlib
+import sys
+import types
+
+import pytest
+import torch
+from conftest import ROOT, compile_for_cpu
+from reference import random_arguments
+from test_operator import LAYOUTS, WRONG
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.cpp_extension import include_paths, library_paths
+
+import model_new
+from bench.bindings import KERNELS
+from model_new import Model
+
+TEXT = pathlib.Path(model_new.__file__).read_text(encoding="utf-8")
+
+
+class Host:
+    """An execution of model_new.py on the CPU whose operators are kernels.cu's, as on a GPU."""
+
+    def __init__(self, library):
+        module = types.ModuleType("host")
+        context = vars(module)
+        context["__file__"] = model_new.__file__
+        exec(compile(TEXT, "host", "exec"), context)
+        sys.modules["host"] = module  # where the compiler looks for globals
+        self.namespace, self.ModelNew = context["_namespace"], context["ModelNew"]
+        self.layer, self.operators = context["linear_sigmoid_residual"], getattr(torch.ops, self.namespace)
+        library.register_operators(self.namespace.encode(), b"CPU")
+        self.library, self.counts = library, (ctypes.c_int * 3).in_dll(library, "launches")
+
+    @contextlib.contextmanager
+    def served_by(self, kernel, rows=1, splits=0):
+        """Every product that the fused kernel can compute is served by this kernel."""
+        self.library.force_kernel(KERNELS.index(kernel), rows, splits)
+        yield
+        self.library.force_kernel(0, 0, 0)
+
+    @contextlib.contextmanager
+    def launches(self):
+        """The launches of the block: [epilogue_forward, epilogue_backward, linear_hopper]."""
+        self.counts[:] = 0, 0, 0
+        counts = []
+        yield counts
+        counts += self.counts
+
+    def pair(self, k, n, scale=2.0):
+        reference, new = Model(k, n, scale), self.ModelNew(k, n, scale)
+        new.load_state_dict(reference.state_dict())
+        return reference, new
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    path = tmp_path_factory.mktemp("host") / "host.so"
+    folders = [f"-isystem{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
+    libraries = ["-lc10", "-ltorch_cpu", "-ltorch"]
+    return Host(compile_for_cpu(path, "-x", "c++", ROOT / "tests/cpu_kernels.cpp", "-x", "none", *folders, *libraries))
+
+
+def eager(x, weight, bias, scale):
+    z = torch.nn.functional.linear(x, weight, bias)
+    return torch.sigmoid(z) * scale + z
+
+
+TILES = [("library",), ("fp16x3", 256, 0), ("fp16x3", 128, 0), ("fp16x3", 32, 2), ("fp16x1", 16, 4)]
+TILES += [("fp16x1_staged", 256, 0)]
+each_tile = pytest.mark.parametrize("tile", TILES, ids=str)
+
+
+@pytest.mark.parametrize("k", [40, 37])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@each_tile
+def test_any_layout(tile, layout, k, host):
+    x, weight, bias, scale = random_arguments((24, k), 56, torch.float32, "cpu")
+    arguments = LAYOUTS[layout](x, weight, bias)
+    contiguous_rows = arguments[1].stride(1) == 1
+    leaves = [t.detach().requires_grad_() for t in arguments]
+    expected = eager(*leaves, scale)
+    grad = torch.randn_like(expected)
+    with host.served_by(*tile), host.launches() as launches, torch.no_grad():
+        out = host.layer(*arguments, scale)
+    assert launches == ([0, 0, 1] if tile[0] != "library" and contiguous_rows else [1, 0, 0])
+    torch.testing.assert_close(out, expected.detach())
+    with host.served_by(*tile):
+        gradients = torch.autograd.grad(host.layer(*leaves, scale), leaves, grad)
+    for a, b in zip(gradients, torch.autograd.grad(expected, leaves, grad)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("k", [40, 37])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_in_16_bits(layout, dtype, k, host):
+    x, weight, bias, scale = random_arguments((24, k), 56, dtype, "cpu")
+    arguments = LAYOUTS[layout](x, weight, bias)
+    with host.served_by("wgmma16", 64, 1), host.launches() as launches:
+        out = host.layer(*arguments, scale)
+    assert launches[2] == (arguments[1].stride(1) == 1)
+    expected = eager(*(t.float() for t in arguments), scale)
+    torch.testing.assert_close(out.float(), expected, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("b_layout", ["rows", "wider", "transposed", "unaligned"])
+@pytest.mark.parametrize("a_layout", ["rows", "wider", "transposed", "3-d"])
+@pytest.mark.parametrize("k", [64, 37])
+def test_matmul_of_any_layout(a_layout, b_layout, k, host):
+    a, b = torch.randn(24, k), torch.randn(k, 56)
+    a = {
+        "rows": a,
+        "wider": torch.randn(24, k + 3)[:, 1 : 1 + k],
+        "transposed": a.t().contiguous().t(),
+        "3-d": a[None],
+    }[a_layout]
+    served = b_layout in ("rows", "wider")
+    b = {
+        "rows": b,
+        "wider": torch.randn(k, 64)[:, :56],
+        "transposed": b.t().contiguous().t(),
+        "unaligned": torch.randn(k, 57)[:, 1:],
+    }[b_layout]
+    with host.served_by("fp16x3", 64, 1), host.launches() as launches:
+        out = host.operators.matmul(a, b)
+    assert launches == [0, 0, int(served)]
+    torch.testing.assert_close(out, torch.matmul(a, b))
+
+
+@pytest.mark.parametrize("shape, n", [((0, 5), 3), ((2, 0, 5), 3), ((4, 0), 3), ((0,), 3), ((4, 5), 0), ((0, 0), 0)])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_empty_tensors(shape, n, host):
+    leaves = [t.requires_grad_() for t in random_arguments(shape, n, torch.float32, "cpu")[:3]]
+    out, expected = host.layer(*leaves, 2.0), eager(*leaves, 2.0)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(t.sum(), leaves) for t in (out, expected)))
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_tensors_are_refused_before_any_launch(case, host):
+    make, words = WRONG[case]
+    with host.launches() as launches, pytest.raises(RuntimeError) as error:
+        host.layer(*make(), 2.0)
+    assert all(word in str(error.value) for word in ["linear_sigmoid_residual()", *words]), error.value
+    assert launches == [0, 0, 0]
+
+
+# autograd
+
+
+def saved_bytes(function):
+    """Of the storages that a call keeps for its backward, and the result."""
+    storages = {}
+
+    def pack(t):
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = function()
+    return sum(storages.values()), out
+
+
+WANTED = [(x, w, b) for x in (False, True) for w in (False, True) for b in (False, True)][1:]
+
+
+@pytest.mark.parametrize("wanted", WANTED, ids=str)
+def test_no_more_is_saved_than_by_eager(wanted, host):
+    """x only for W's gradient, W only for x's; so that what is frozen may be changed before the backward."""
+    arguments = [
+        t.requires_grad_(is_wanted)
+        for t, is_wanted in zip(random_arguments((24, 40), 56, torch.float32, "cpu"), wanted)
+    ]
+    (ours, out), (eagers, expected) = (saved_bytes(lambda f=f: f(*arguments, 2.0)) for f in (host.layer, eager))
+    assert ours <= eagers
+    leaves = [t for t in arguments if t.requires_grad]
+    with torch.no_grad():
+        for t, other in zip(arguments[:2], arguments[1::-1]):
+            if not other.requires_grad:
+                t.add_(1)  # an optimizer's step, with this batch in flight
+    for a, b in zip(*(torch.autograd.grad(t.sum(), leaves) for t in (out, expected))):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_z_is_gone_before_the_products(retain, host):
+    """Unless the graph is kept; then a second backward gives the same, and else PyTorch's error."""
+
+    class Watch(TorchDispatchMode):
+        z, gone = None, None
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if function.name() == f"{host.namespace}::forward_with_z":
+                self.z = StorageWeakRef(out[1].untyped_storage())
+            elif function.name() == f"{host.namespace}::matmul":
+                self.gone = self.z.expired()
+            return out
+
+    leaves = [t.requires_grad_() for t in random_arguments((24, 40), 56, torch.float32, "cpu")[:3]]
+    with Watch() as watch:
+        out = host.layer(*leaves, 2.0).sum()
+        first = torch.autograd.grad(out, leaves, retain_graph=retain)
+    assert watch.gone == (not retain)
+    if retain:
+        assert all(map(torch.equal, first, torch.autograd.grad(out, leaves)))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out, leaves)
+
+
+@each_tile
+def test_derivatives_against_finite_differences(tile, host):
+    arguments = [t.requires_grad_() for t in random_arguments((2, 3, 5), 4, torch.float64, "cpu")[:3]]
+    with host.served_by(*tile):
+        assert torch.autograd.gradcheck(lambda *a: host.layer(*a, 2.0), arguments, check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(lambda *a: host.layer(*a, 2.0), arguments)
+
+
+TRANSFORMS = {
+    "grad": lambda f, x, w, b: torch.func.grad(lambda w: f(x, w, b, 2.0).square().sum())(w),
+    "vjp": lambda f, x, w, b: torch.func.vjp(lambda w, b: f(x, w, b, 2.0), w, b)[1](torch.ones(6, 24)),
+    "jvp": lambda f, x, w, b: torch.func.jvp(lambda x: f(x, w, b, 2.0), (x,), (x,)),
+    "jacrev": lambda f, x, w, b: torch.func.jacrev(lambda x: f(x, w, b, 2.0))(x[:2]),
+    "jacfwd": lambda f, x, w, b: torch.func.jacfwd(lambda b: f(x, w, b, 2.0))(b),
+    "hessian": lambda f, x, w, b: torch.func.hessian(lambda b: f(x, w, b, 2.0).sum())(b),
+    "vmap": lambda f, x, w, b: torch.func.vmap(lambda x: f(x, w, b, 2.0))(x),
+    "per-sample": lambda f, x, w, b: torch.func.vmap(
+        torch.func.grad(lambda w, x: f(x, w, b, 2.0).square().sum()), (None, 0)
+    )(w, x),
+    "grad of something else": lambda f, x, w, b: torch.func.grad(lambda y: (f(x, w, b, 2.0) * y).sum())(torch.ones(24)),
+    "vmap of something else": lambda f, x, w, b: torch.func.vmap(lambda y: (f(x, w, b, 2.0) * y).sum())(torch.eye(24)),
+    "compiled grad": lambda f, x, w, b: torch.compile(
+        torch.func.grad(lambda w: f(x, w, b, 2.0).square().sum()), backend="aot_eager", fullgraph=True
+    )(w),
+    "batched gradients": lambda f, x, w, b: torch.autograd.grad(
+        f(x, w, b, 2.0), w, torch.randn(7, 6, 24, generator=torch.Generator().manual_seed(1)), is_grads_batched=True
+    ),
+}
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms(transform, requires_grad, host):
+    if transform == "batched gradients" and not requires_grad:
+        pytest.skip("has no gradient")
+    torch._dynamo.reset()
+    x, w, b, _ = random_arguments((6, 40), 24, torch.float32, "cpu")
+    w.requires_grad_(requires_grad)
+    results = (TRANSFORMS[transform](f, x, w, b) for f in (host.layer, eager))
+    torch.testing.assert_close(*results)
+
+
+# how the operators are seen
+
+
+def test_opcheck(host):
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight, bias, scale = random_arguments((6, 40), 24, dtype, "cpu")
+        for requires_grad in (False, True):
+            arguments = [t.clone().requires_grad_(requires_grad) for t in (x, weight, bias)]
+            torch.library.opcheck(host.operators.forward.default, (*arguments, scale))
+        torch.library.opcheck(host.operators.forward.default, (x, weight, None, scale))
+        torch.library.opcheck(host.operators.forward_with_z.default, (x, weight, bias, scale))
+        torch.library.opcheck(host.operators.backward_z.default, (torch.randn_like(x), x, scale))
+    for a, b in ((torch.randn(7, 5), torch.randn(5, 8)), (torch.randn(5, 7).t(), torch.randn(5, 8))):
+        torch.library.opcheck(host.operators.matmul.default, (a, b))
+
+
+class Names(TorchDispatchMode):
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace.startswith("linear_sigmoid_residual"):
+            self.names.append(function._schema.name.split("::")[1])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_what_a_mode_sees(requires_grad, host):
+    _, new = host.pair(40, 24)
+    new.requires_grad_(requires_grad)
+    with Names() as seen:
+        out = new(torch.randn(6, 40))
+        if requires_grad:
+            out.sum().backward()
+    assert seen.names == (["forward_with_z", "backward_z", "matmul"] if requires_grad else ["forward"])
+
+
+@pytest.mark.parametrize("dynamic", [False, True, "unbacked"])
+def test_compiles_to_one_graph(dynamic, host):
+    torch._dynamo.reset()
+    reference, new = host.pair(40, 24)
+    compiled = torch.compile(new, fullgraph=True, dynamic=dynamic is True, backend="aot_eager")
+    for rows in (6, 9):
+        x = torch.randn(rows, 40)
+        if dynamic == "unbacked":
+            torch._dynamo.decorators.mark_unbacked(x, 0)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), reference(x))
+        gradients = (torch.autograd.grad(m(x).square().sum(), list(m.parameters())) for m in (compiled, reference))
+        for a, b in zip(*gradients):
+            torch.testing.assert_close(a, b)
+
+
+def test_compiled_autograd(host):
+    torch._dynamo.reset()
+    reference, new = host.pair(40, 24)
+    x = torch.randn(6, 40)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        new(x).square().sum().backward()
+    reference(x).square().sum().backward()
+    for a, b in zip(new.parameters(), reference.parameters()):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_autocast(host):
+    reference, new = host.pair(40, 24)
+    x = torch.randn(6, 40)
+    gradients = []
+    for model in (new, reference):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(x)
+        assert out.dtype == torch.bfloat16
+        gradients.append(torch.autograd.grad(out.float().square().sum(), list(model.parameters())))
+    for a, b in zip(*gradients):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * b.abs().max().item())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert new.double()(x.double()).dtype == torch.float64
+
+
+def test_two_namespaces_of_one_library(host):
+    """Each with its own operators, as two executions of one text have them."""
+    other = Host(host.library)
+    assert other.namespace != host.namespace
+    x, weight, bias, scale = random_arguments((6, 40), 24, torch.float32, "cpu")
+    weight.requires_grad_()
+    with Names() as seen:
+        for which in (host, other):
+            (gradient,) = torch.autograd.grad(which.layer(x, weight, bias, scale).sum(), weight)
+            torch.testing.assert_close(gradient, torch.autograd.grad(eager(x, weight, bias, scale).sum(), weight)[0])
+    assert seen.names == ["forward_with_z", "backward_z", "matmul"] * 2
