@@ -25,7 +25,6 @@
 //
 // Variants of hopper::linear_kernel. A is W, B is x, from shared memory; a block computes `rows` of out by 128 columns.
 //
-// clang-format off
 //   kernel         rows    A comes from  W is converted by  a cluster shares  blocks of 64 k are added by  out leaves
 //   fp16x3         256     shared        a warpgroup        W's conversion    an fma each                  registers
 //   fp16x3         128     registers     the consumers      x                 an fma each                  registers
@@ -35,9 +34,11 @@
 //   fp16x1_staged  256     shared        split_rows_kernel  x                 the tensor core              registers
 //   wgmma16        256     shared        nobody             x                 the tensor core              TMA boxes
 //   wgmma16        16-128  shared        nobody             the tile, by K    the tensor core              registers
-// clang-format on
 //
 // fp16x3 also exists for a W that comes transposed, as [K, N], for the backward's products.
+//
+// A kernel for another architecture would be a namespace beside hopper, with a guard of its own like HAS_SM90A, a
+// branch in linear_hopper's place in the C interface, a name in Kernel, and costs in select_tile.
 //
 // The extern "C" functions return a cudaError_t as int, 0 for success, where they do not say otherwise. Sizes are
 // element counts.
@@ -92,8 +93,12 @@ static bool aligned16(const void* a, const void* b, const void* c) {
   return ((reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | reinterpret_cast<uintptr_t>(c)) & 15) == 0;
 }
 
-// The one place where the activation is written down: every kernel calls activation or activation_derivative. With
-// kFast, for results of 16 bits, exp(-z) has an error of |z| * 2^-24, which their rounding hides.
+// The activation of z with the layer's number s, and its derivative: every kernel that needs one calls these. What
+// consists of PyTorch's operators has it once more: forward_in_parts and LinearSigmoidResidual::backward in the last
+// part, Model and _decomposition in model_new.py.
+//   Another activation must be short and without branches, since the pass that stores z computes it, too, and drops it.
+//   It may map a finite z to NaN or Inf, and NaN to a number; see "Lost sums".
+// With kFast, for results of 16 bits, exp(-z) has an error of |z| * 2^-24, which their rounding hides.
 template <bool kFast = false> __device__ __forceinline__ float sigmoid(float z) {
   float power, reciprocal;
   if (kFast)
@@ -111,7 +116,7 @@ template <bool kFast = false> __device__ __forceinline__ float activation(float 
 }
 __device__ __forceinline__ double activation(double z, double s) { return z + s * sigmoid(z); }
 
-// d out / d z
+// The derivative of activation in z.
 template <typename C> __device__ __forceinline__ C activation_derivative(C z, C s) {
   const C p = sigmoid(z);
   return C(1) + s * p * (C(1) - p);
@@ -227,7 +232,7 @@ __global__ void reduce_columns_kernel(const compute_t<T>* __restrict__ partial_s
   const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (c >= cols) return;
   double total = 0;
-  for (int64_t s = 0; s < strips; ++s) total += partial_sums[s * cols + c];
+  for (int64_t strip = 0; strip < strips; ++strip) total += partial_sums[strip * cols + c];
   column_sums[c] = from_compute<T>(compute_t<T>(total));
 }
 
@@ -277,7 +282,7 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-// first ? a : b, without a branch, which would take longer than to compute both.
+// Returns a if `first`, else b, without a branch, which would take longer than to compute both.
 __device__ __forceinline__ float select(bool first, float a, float b) {
   float result;
   asm("{\n .reg .pred p;\n setp.ne.u32 p, %3, 0;\n selp.f32 %0, %1, %2, p;\n}"
@@ -420,7 +425,8 @@ template <int kN> struct Wgmma;
   "%84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, " \
   "%104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, "   \
   "%121, %122, %123, %124, %125, %126, %127"
-// The first operands are d's kRegisters; i0 to i5 are the numbers of the operands that follow. shape: k and the types.
+// Of the asm's operands d's kRegisters come first; i0, i1, ... are the numbers of those behind them. shape: k and the
+// operands' types.
 #define WGMMA_FROM_SHARED(kN, kRegisters, shape, flags, i0, i1, i2)                                           \
   asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #i2                                                     \
                ", 0;\n"                                                                                       \
@@ -592,12 +598,12 @@ constexpr int kPaddedRowsUnit = 512;  // inverse_scale is as long as multiples o
 
 // The inverse of a row's scale, which is a power of two. The last bit of its mantissa tells whether entries were so
 // small for the scale that they became zero.
-struct RowScale {
+struct RowInverse {
   static constexpr uint32_t kVanished = 1;
   float marked;
 
   __device__ __forceinline__ bool has_vanished() const { return __float_as_uint(marked) & kVanished; }
-  __device__ __forceinline__ float inverse() const { return __uint_as_float(__float_as_uint(marked) & 0x7f800000); }
+  __device__ __forceinline__ float value() const { return __uint_as_float(__float_as_uint(marked) & 0x7f800000); }
 };
 
 // What split_rows_kernel makes of a matrix [m, k]: parts of one allocation, each 128-byte aligned.
@@ -605,7 +611,7 @@ struct SplitRows {
   int padded_k;          // k up to whole blocks
   int rows;              // m and padding rows
   __half *hi, *lo;       // [rows, padded_k]; lo is hi where there is one part
-  float* inverse_scale;  // [m up to a multiple of kPaddedRowsUnit]; see RowScale
+  float* inverse_scale;  // [m up to a multiple of kPaddedRowsUnit]; see RowInverse
 
   SplitRows(void* scratch, int64_t m, int64_t k, int parts)
       : padded_k(int((k + kTileK - 1) / kTileK * kTileK)),
@@ -698,7 +704,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   if (__low2float(smallest) == 0 || __high2float(smallest) == 0) {
     bool has_vanished = false;  // or were the numbers themselves 0?
     for_each([&](float v) { has_vanished |= v != 0 && fabsf(v * scale) <= 0x1p-25f; });
-    if (has_vanished && !is_padding) atomicOr(inverse_scale, RowScale::kVanished);
+    if (has_vanished && !is_padding) atomicOr(inverse_scale, RowInverse::kVanished);
   }
 }
 
@@ -765,28 +771,28 @@ static cudaError_t launch_pad_rows(const void* from, int64_t from_stride, void* 
 // of x, in products of wgmma's A = W [64 n, 16 k] and B = x [rows, 16 k].
 //
 // Data flow. Float32 x is split beforehand, by split_rows_kernel, and multiplied from shared memory. Float32 W comes by
-//   TMA to shared memory and is split in the kernel; nothing about it is stored in global memory. In tiles of 256 rows
-//   a warpgroup of converters does that: from W's ring to registers, and from there to a second ring, from which it is
+//   TMA to shared memory and is split in the kernel; nothing of it is stored in global memory. In tiles of 256 rows a
+//   warpgroup of converters does that: from W's ring to registers, and from there to a second ring, from which it is
 //   multiplied. In smaller tiles the consumers do it: each thread loads its part of the fragment, finds the scale with
-//   its three neighbours, and A is multiplied from registers. 16-bit operands are multiplied from shared memory as they
-//   come.
+//   its three neighbours, and A is multiplied from registers. Only fp16x1_staged reads W twice: split_rows_kernel
+//   leaves a copy in fp16. What is of 16 bits is multiplied from shared memory as it comes.
 // Scales. x has one scale for each row, W one for every row and block of 64 k. The tensor core truncates when it adds
-// to
-//   its float32 accumulator. So it only ever adds one block of 64 k to a fresh `partial`; the partial is scaled back
+//   to its float32 accumulator. So it only ever adds one block of 64 k to a fresh `partial`; the partial is scaled back
 //   and added to `total` by an ordinary fma, which rounds. With one product (fp16x1) that is not needed: in tiles of
-//   256 rows the tensor core adds up all of K, and W has one scale for each row, which only ever shrinks: where a block
-//   of k brings a larger entry, the sums so far are scaled down.
+//   256 rows the tensor core adds up all of K, and W has one scale for each row. The converters let that only shrink:
+//   where a block of k brings a larger entry, the sums so far are scaled down.
 // Tile. A block computes 128 columns of out, half of them each consumer warpgroup, and kRows rows. A wgmma covers
 //   kPanelRows of them: all, or with converters 128 of 256, in two panels.
 // Warps. One producer thread issues TMA for W, one for x. Where the consumers add up partials the two warpgroups take
 //   turns with the tensor cores: each adds up, and splits W if it must, while the other's products run.
 // Rings. W, converted W and x have a ring of shared-memory stages each, every stage with two mbarriers:
-//     full: its bytes have landed, which its readers wait for;  empty: every warp that reads it is done, which its
-//     writers wait for.
+//     full: its bytes have landed, which its readers wait for
+//     empty: all who read it are done, which its writers wait for
 //   A stage of float32 W is empty once it is in registers, all others once their products are finished.
 // Clusters. Where there are many rows, a cluster has two blocks.
 //   With converters they need the same W, for different rows of x: each loads and converts 64 of its 128 rows, and
-//     sends them to the other's shared memory. So a converted stage's `empty` barrier counts both blocks' consumers.
+//     sends them to the other's shared memory, which halves what W costs the L2 cache and the converters. So a
+//     converted stage's `empty` barrier counts both blocks' consumers.
 //   Without they need the same x: each loads half of it, and TMA multicasts that to both, which halves what x costs the
 //     L2 cache. So an x stage's `empty` barrier counts both blocks' consumer warps.
 //   Where there are few rows, the work is to read W, and tiles are fewer than SMs: the blocks of a cluster, up to four,
@@ -800,8 +806,7 @@ static cudaError_t launch_pad_rows(const void* from, int64_t from_stride, void* 
 //   256 rows begins so early that it ends with x (kLastTileOverlaps), and smaller tiles load no more rows than there
 //   are.
 // Stores. They go from registers, 32 bytes of a row at a time; of 16 bits, in tiles of 256 rows, through shared memory,
-// by
-//   TMA, unless rows of out are not in multiples of 16 bytes.
+//   by TMA, unless rows of out are not in multiples of 16 bytes.
 // What short launches wait for. W is fetched as soon as its barriers are set up, before the block's other warps begin,
 //   and code that rarely runs lies behind the code that every launch runs: with few rows these are microseconds.
 
@@ -810,7 +815,6 @@ namespace hopper {
 // ---- Tiles: choices, what follows from them, what must hold
 
 constexpr int kTileN = 128;
-constexpr int kMaxRows = 256;  // the most of any tile
 constexpr int kConsumerWarpgroups = kTileN / 64;
 constexpr int kConsumerThreads = 128 * kConsumerWarpgroups;
 constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
@@ -836,7 +840,7 @@ template <Kernel kKernel_, typename Element_, int kRows_, bool kSplitK_, bool kT
   static constexpr bool kSplitK = kSplitK_;            // a cluster's blocks share a tile, or else W or x
   static constexpr bool kTransposedW = kTransposedW_;  // W comes as [k, n], or else as [n, k]
   static_assert(!kTransposedW || kKernel == Kernel::kFp16x3, "only the backward's products have such a W");
-  static_assert(kRows <= kMaxRows && kRows % 8 == 0);
+  static_assert(kRows <= 256 && kRows % 8 == 0);
 
   // How the operands reach the tensor cores.
   static constexpr bool kIsFloat = std::is_same_v<Element, float>;
@@ -858,8 +862,9 @@ template <Kernel kKernel_, typename Element_, int kRows_, bool kSplitK_, bool kT
 
   // Clusters and panels.
   static constexpr int kClusterBlocks = kSplitK ? 1 : 2;               // where K is split the launch says how many
+  static constexpr int kBlocksSharingW = kSharesW ? 2 : 1;             // these convert a stage of W together
   static constexpr int kBlocksSharingX = kSplitK || kSharesW ? 1 : 2;  // these load an x stage together
-  static constexpr bool kLastTileOverlaps = !kIsFloat && !kSplitK;     // a row in two tiles is stored twice, the same
+  static constexpr bool kLastTileOverlaps = !kIsFloat && !kSplitK;     // two blocks store the same values of a row
   static constexpr int kPanels = kSharesW ? 2 : 1;
   static constexpr int kPanelRows = kRows / kPanels;                           // columns of wgmma's B
   static constexpr int kGroups = kRows / 8;                                    // of 8 rows
@@ -876,7 +881,7 @@ template <Kernel kKernel_, typename Element_, int kRows_, bool kSplitK_, bool kT
   //   converted W  kParts times [kTileN][64] halves, and apart from them the inverses of the rows' scales
   using WElement = std::conditional_t<kKernel == Kernel::kFp16x1Staged, __half, Element>;  // as it comes by TMA
   using Multiplied = std::conditional_t<kIsFloat, __half, Element>;
-  static constexpr int kWRows = kSharesW ? kTileN / 2 : kTileN;
+  static constexpr int kWRows = kTileN / kBlocksSharingW;
   static constexpr int kWBoxRows = kTransposedW ? kTileK : kWRows;
   static constexpr int kWStageBytes = kWRows * kTileK * int(sizeof(WElement));
   static constexpr int kWBoxes = kWStageBytes / (kWBoxRows * 128);
@@ -885,7 +890,7 @@ template <Kernel kKernel_, typename Element_, int kRows_, bool kSplitK_, bool kT
   static_assert(kXPartBytes / kBlocksSharingX % 1024 == 0, "the swizzle repeats every 1024 bytes");
   static constexpr int kConvertedPartBytes = kTileN * kTileK * 2, kConvertedBytes = kParts * kConvertedPartBytes;
   static constexpr int kWInverseBytes = kTileN * 4;
-  // Measured: two stages are too few for hi and lo.
+  // Measured: with two stages of hi and lo the converters wait for the consumers.
   static constexpr int kConvertedStages = !kSharesW ? 0 : kParts == 2 ? 3 : 4;
   static constexpr int kConvertedRingBytes = kConvertedStages * (kConvertedBytes + kWInverseBytes);
   // What the others send this block where they share a tile.
@@ -917,7 +922,7 @@ template <Kernel kKernel_, typename Element_, int kRows_, bool kSplitK_, bool kT
   static constexpr int kProducerRegisters = 24, kConverterRegisters = 72, kConsumerRegisters = kSharesW ? 208 : 240;
   static_assert(kProducerRegisters + kSharesW * kConverterRegisters + kConsumerWarpgroups * kConsumerRegisters <=
                     65536 / kThreads / 8 * 8 * kWarpgroups,
-                "or the consumers would wait for registers for ever");
+                "setmaxnreg would wait for registers that no warp gives back");
 };
 
 // x, w, bias, out and z have elements of the tile's type.
@@ -947,7 +952,7 @@ struct TensorMaps {
 // along m first, in groups of 1024 rows, then along n: what runs at the same time shares W's tiles, which are the
 // larger traffic, and the group's part of x stays in the L2 cache.
 template <typename T> struct TileScheduler {
-  static constexpr int kClusterM = T::kRows * (T::kSharesW ? 2 : 1), kClusterN = kTileN * T::kBlocksSharingX;
+  static constexpr int kClusterM = T::kRows * T::kBlocksSharingW, kClusterN = kTileN * T::kBlocksSharingX;
   static constexpr int kGroupM = 1024 / kClusterM;
   int m, n;
 
@@ -986,13 +991,13 @@ template <typename T> struct TileScheduler {
 // ---- Shared memory and barriers
 
 // A thread's position in a ring of stages: it waits for the stage, uses it, arrives on one of the stage's barriers, and
-// advances. `phase` is the parity of the rounds that the thread has made, and so of the barriers' phases. kStages_,
+// advances. `phase` is the parity of the rounds that the thread has made, and so of the barriers' phases. kFirstStage,
 // kFull and kEmpty are the offsets of the first stage and its two mbarriers in shared memory.
-template <int kCount, int kStageBytes, int kStages_, int kFull, int kEmpty> struct Ring {
+template <int kCount, int kStageBytes, int kFirstStage, int kFull, int kEmpty> struct Ring {
   uint32_t shared;  // the address of the block's shared memory
   uint32_t stage = 0, phase = 0;
 
-  __device__ __forceinline__ uint32_t address() const { return shared + kStages_ + stage * kStageBytes; }
+  __device__ __forceinline__ uint32_t address() const { return shared + kFirstStage + stage * kStageBytes; }
   __device__ __forceinline__ uint32_t full_barrier() const { return shared + kFull + 8 * stage; }
   __device__ __forceinline__ uint32_t empty_barrier() const { return shared + kEmpty + 8 * stage; }
   __device__ __forceinline__ void wait_full() const { mbarrier_wait(full_barrier(), phase); }
@@ -1002,7 +1007,28 @@ template <int kCount, int kStageBytes, int kStages_, int kFull, int kEmpty> stru
   __device__ __forceinline__ void advance() {
     if (++stage == kCount) stage = 0, phase ^= 1;
   }
+  __device__ __forceinline__ void wait_all_empty() {
+#pragma unroll 1
+    for (int i = 0; i < kCount; ++i) wait_empty(), advance();
+  }
 };
+
+// The mbarriers, and how many arrivals complete a phase of each. Bytes that TMA or bulk copies bring count besides.
+//
+//   barrier          arrivals                                           who arrives                   who waits
+//   W full           1                                                  W's producer                  converters, or
+//                                                                                                     all consumers
+//   W empty          4 or 8                                             a lane of each converter,     W's producer
+//                                                                       or else consumer, warp
+//   converted full   128                                                all converters                all consumers
+//   converted empty  256 + 8, of this block and of the other            all consumers; a lane of      all converters
+//                                                                       each of the other's warps
+//   x full           1                                                  x's producer                  all consumers
+//   x empty          8 from every block that shares x                   a lane of each consumer warp  x's producer
+//   sums full        1                                                  set_up                        all consumers
+//   float full       1                                                  a consumer thread             all consumers
+//
+// Of a converted stage every converter waits for `empty` and arrives on `full` for what it has stored itself.
 
 // The offsets of the parts of a block's shared memory, in their order.
 template <typename T> struct SharedLayout {
@@ -1028,12 +1054,22 @@ template <typename T> struct SharedLayout {
 };
 
 // Barriers of bar.sync and bar.arrive; 0 is that of __syncthreads. Turns and warpgroups have two each: one for every
-// consumer warpgroup.
+// consumer warpgroup. At a turn's barrier 128 threads wait and the other 128 arrive.
 enum NamedBarrier : int { kTurnBarriers = 1, kConsumersBarrier = 3, kWarpgroupBarriers = 4 };
+
+// The offset of a row's chunk of 16 bytes in an operand whose rows are 128 bytes, as TMA's 128-byte swizzle has it.
+__device__ __forceinline__ uint32_t swizzled(unsigned row, unsigned chunk) {
+  return row * 128 + (chunk ^ row % 8) * 16;
+}
 
 // Through a shuffle, so that the compiler knows it to be the same in the whole warp and keeps what follows from it in
 // uniform registers.
 __device__ __forceinline__ int warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
+
+// The number of this thread among the consumers', which are the block's last.
+template <typename T> __device__ __forceinline__ unsigned consumer_thread() {
+  return threadIdx.x - (T::kThreads - kConsumerThreads);
+}
 
 // A block's part of a tile that a cluster's blocks share.
 template <typename T> struct Part {
@@ -1067,7 +1103,7 @@ template <typename T> struct Block {
         lane(__shfl_sync(~0u, threadIdx.x % 32, threadIdx.x % 32)),
         part(args_, rank, blocks) {}
 
-  // Its part of K, in blocks of kTileK. Up to k_prefetched W is fetched before all else begins.
+  // The block's part of K, in blocks of kTileK. Up to k_prefetched W is fetched before all else begins.
   __device__ __forceinline__ int k_begin() const { return T::kSplitK ? part.k_begin : 0; }
   __device__ __forceinline__ int k_end() const { return T::kSplitK ? part.k_end : (args.k + kTileK - 1) / kTileK; }
   __device__ __forceinline__ int k_prefetched() const { return min(k_end(), k_begin() + T::kWStages); }
@@ -1210,7 +1246,8 @@ template <typename T> __device__ __forceinline__ void convert_w(const Block<T>& 
           st_shared_v4((to + part * T::kConvertedPartBytes) ^ i * 16, chunk);
         }
       if (half == 0) st_shared(inverses + row * 4, inverse_of(scale));
-      // Or wgmma and the bulk copies, which read through the asynchronous proxy, might see what was there before.
+      // Without it wgmma and the bulk copies, which read through the asynchronous proxy, might see what was there
+      // before.
       fence_proxy_async_shared();
       __syncwarp();
       // Every thread arrives for what it has stored. The first also announces the bytes that the other block's warp
@@ -1232,7 +1269,8 @@ template <typename T> __device__ __forceinline__ void convert_w(const Block<T>& 
 }
 
 // ---- Consumers: fragments of float32 W
-// In what follows r = lane / 4 and q = lane % 4. Of each operand A a thread has rows r and r + 8 of its warp's 16.
+// In what follows r = lane / 4 and q = lane % 4, as in wgmma's fragments: of each operand A a thread has rows r and
+// r + 8 of its warp's 16.
 
 // A thread's part of float32 W in one block of 64 k: wgmma's four steps of 16 k, and the scales of its two rows.
 struct WFragments {
@@ -1241,33 +1279,33 @@ struct WFragments {
 };
 
 // address: the thread's 16 bytes of step 0 in row r. Under the swizzle those of step 1 differ in one bit.
-__device__ __forceinline__ void load_step(WFragments& block, int step, uint32_t address) {
+__device__ __forceinline__ void load_step(WFragments& w, int step, uint32_t address) {
   address = (step % 2 ? address ^ 64 : address) + step / 2 * (kTileN * 128);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float4 v = ld_shared_v4(address + half * (8 * 128));
-    float* to = block.step[step] + 4 * half;
+    float* to = w.step[step] + 4 * half;
     to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
   }
 }
 
 // The same for a transposed W, whose k are in their own order. address: the thread's 8 bytes, rows r and r + 8, in
 // k = 2q. Those of k = 2q + 1 differ in one bit under the swizzle, those of k + 8 do not.
-__device__ __forceinline__ void load_step_transposed(WFragments& block, int step, uint32_t address) {
+__device__ __forceinline__ void load_step_transposed(WFragments& w, int step, uint32_t address) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {  // k = 2q, 2q + 1, 2q + 8, 2q + 9
     const int k = step * 16 + i % 2 + i / 2 * 8;
     const float2 v = ld_shared_v2((i % 2 ? address ^ 16 : address) + k * 128);
-    block.step[step][i] = v.x, block.step[step][4 + i] = v.y;
+    w.step[step][i] = v.x, w.step[step][4 + i] = v.y;
   }
 }
 
 // The scale of row r (half 0) or r + 8, from the largest |w| of its 64: this thread's sixteen and its three
 // neighbours'.
-__device__ __forceinline__ float scale_of_row(const WFragments& block, int half) {
+__device__ __forceinline__ float scale_of_row(const WFragments& w, int half) {
   float largest = 0;
 #pragma unroll
-  for (int i = 0; i < 16; ++i) largest = fmaxf(largest, fabsf(block.step[i / 4][4 * half + i % 4]));
+  for (int i = 0; i < 16; ++i) largest = fmaxf(largest, fabsf(w.step[i / 4][4 * half + i % 4]));
   largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
   largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
   return scale_of(largest);
@@ -1275,12 +1313,12 @@ __device__ __forceinline__ float scale_of_row(const WFragments& block, int half)
 
 // Makes a step's operand A: the four registers of wgmma's 64 x 16 fragment of hi, and of lo where there are two parts.
 template <int kParts>
-__device__ __forceinline__ void split_step(uint32_t (&hi)[4], uint32_t (&lo)[4], const WFragments& block, int step) {
+__device__ __forceinline__ void split_step(uint32_t (&hi)[4], uint32_t (&lo)[4], const WFragments& w, int step) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {  // row r or r + 8, the earlier two k or the later
-    const float* two = block.step[step] + 4 * (i % 2) + i / 2 * 2;
+    const float* two = w.step[step] + 4 * (i % 2) + i / 2 * 2;
     uint32_t rest;
-    split2(two[0], two[1], block.scale[i % 2], hi[i], rest);
+    split2(two[0], two[1], w.scale[i % 2], hi[i], rest);
     if (kParts == 2) lo[i] = rest;
   }
 }
@@ -1382,7 +1420,8 @@ template <typename T> struct Consumer {
 // How sums stay accurate (fp16x3). The tensor core truncates toward 0 whenever it adds to its accumulator, so that a
 // product comes out too small, in the mean of normal data by 1.9e-7 if 64 k are added as they come. Therefore a block's
 // small products, lo * hi and hi * lo, come before its large ones: the accumulator is large for four additions instead
-// of eleven. What is left, by the number of accumulators that share the four steps (1, 2 or 4), in units of 1e-7:
+// of eleven. What is left, as the mean relative error of the products of such data, in units of 1e-7, by the number of
+// accumulators that share the four steps (1, 2 or 4):
 //   normal -0.9 -0.6 -0.4    positive -1.8 -0.8 -0.4    |normal| -2.0 -0.8 -0.4    10 % nonzeros -0.6 -0.4 -0.4
 // Half of that is given back by a factor 1 + 2^-23 (1.2e-7) on the scale of every block, every second or every fourth.
 
@@ -1427,8 +1466,8 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::release_x(XRi
   ring.advance();
 }
 
-// The two warpgroups take turns to begin a panel: while one is between two, with nothing in the tensor cores, the other
-// is not.
+// The two warpgroups take turns to begin a panel, so that the tensor cores have the products of one while the other
+// adds up its partial sums.
 template <typename T> __device__ __forceinline__ void Consumer<T>::await_turn() {
   if (T::kTakesTurns) bar_sync(kTurnBarriers + warpgroup, kConsumerThreads);
 }
@@ -1524,16 +1563,17 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::multiply_from
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
       float* sums = partial[step / kStepsEach];
-      const int first = step / kStepsEach * kStepsEach;
+      const int first_step = step / kStepsEach * kStepsEach;
       wgmma_fence();
       if (T::kParts == 2) {
-        Product::multiply(sums, lo[step % 2], x_descriptor(0, step), step > first);
+        Product::multiply(sums, lo[step % 2], x_descriptor(0, step), step > first_step);
         Product::multiply(sums, hi[step], x_descriptor(1, step), 1);
       }
-      if (T::kParts == 1) Product::multiply(sums, hi[step], x_descriptor(0, step), step > first);
-      if (T::kParts == 2 && step + 1 == first + kStepsEach)
+      if (T::kParts == 1) Product::multiply(sums, hi[step], x_descriptor(0, step), step > first_step);
+      if (T::kParts == 2 && step + 1 == first_step + kStepsEach)
 #pragma unroll
-        for (int large = first; large <= step; ++large) Product::multiply(sums, hi[large], x_descriptor(0, large), 1);
+        for (int large = first_step; large <= step; ++large)
+          Product::multiply(sums, hi[large], x_descriptor(0, large), 1);
       wgmma_commit_group();
       if (step == (T::kParts == 2 && kStepsEach == 4 ? 3 : 2)) give_turn();
       if (step < 3) {
@@ -1588,8 +1628,7 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::multiply_whol
   auto release_read_w = [&] {
     release_w(w_done, T::kSharesW ? zero_after(w_inverse[0]) + zero_after(w_inverse[1]) : 0);
   };
-  // Sums of a panel without rows of x must not look like products that are not finite. Clearing also tells the compiler
-  // that what total was before is needed no more.
+  // Tells the compiler that what total was before is needed no more.
   if (T::kSharesW) clear_total();
 #pragma unroll 1
   for (int k_block = block.k_begin(); k_block < block.k_end(); ++k_block) {
@@ -1632,7 +1671,7 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::multiply() {
   else
     multiply_from_registers();
   if constexpr (T::kKernel == Kernel::kFp16x1Staged) {
-    auto inverse_at = [&](int half) { return RowScale{args.w_split.inverse_scale[n_of(lane / 4, half)]}.inverse(); };
+    auto inverse_at = [&](int half) { return RowInverse{args.w_split.inverse_scale[n_of(lane / 4, half)]}.value(); };
     const float w_inverse[2] = {inverse_at(0), inverse_at(1)};
     scale_total(w_inverse);
     note_w_inverse(w_inverse);
@@ -1648,7 +1687,7 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::multiply() {
 
 template <typename T> __device__ __forceinline__ uint32_t Consumer<T>::sums_address(int from, int to) const {
   return shared + Shared::kSums + (from - (from > to)) * block.part.groups_per_block * kGroupBytes +
-         16 * (threadIdx.x - (T::kThreads - kConsumerThreads));
+         16 * consumer_thread<T>();
 }
 template <typename T> __device__ __forceinline__ uint32_t Consumer<T>::w_inverses_address(int from, int to) const {
   return shared + Shared::kSums + T::kSentGroupBytes + (from - (from > to)) * T::kSentWInverseBytes +
@@ -1659,7 +1698,7 @@ template <typename T> __device__ __forceinline__ uint32_t Consumer<T>::w_inverse
 template <typename T> template <int kBlocks> __device__ __forceinline__ void Consumer<T>::send_sums() {
   constexpr int kShare = (T::kGroups + kBlocks - 1) / kBlocks;
   static_assert(T::kGroups * kGroupBytes <= T::kWStages * T::kWStageBytes);
-  const uint32_t own = shared + Shared::kW + 16 * (threadIdx.x - (T::kThreads - kConsumerThreads));
+  const uint32_t own = shared + Shared::kW + 16 * consumer_thread<T>();
 #pragma unroll
   for (int owner = 0; owner * kShare < T::kGroups; ++owner) {
     const float* its = total + owner * kShare * 4;
@@ -1701,7 +1740,7 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::finish_shared
     }
   }
   find_limits();
-  const uint32_t own = shared + Shared::kW + 16 * (threadIdx.x - (T::kThreads - kConsumerThreads));
+  const uint32_t own = shared + Shared::kW + 16 * consumer_thread<T>();
   uint32_t parts[kMaxSplits];  // the addresses of all blocks' sums, for the group in hand
 #pragma unroll
   for (int other = 0; other < kMaxSplits; ++other) parts[other] = other == rank ? own : sums_address(other, rank);
@@ -1727,18 +1766,23 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::finish_shared
 //
 // Small entries of a row lose bits where large ones set its scale. That does not matter while the large ones make the
 // result. Where they meet zeros it is made of the others. Such sums are known by their size: the epilogue marks them,
-// as NaN, and they are computed again.
+// as NaN, and they are computed again:
+//   main loops         note_w_inverse  keeps the largest inverse of W's scales
+//   finish_tile        find_limits     makes limits of it
+//   finish             may_be_lost, mark_lost   compare a tile's sums with them, and make NaN of lost ones
+//   store_float        stores NaN wherever a product is not finite; note_not_finite sets kNotFinite in shared memory
+//   linear_kernel      Repair::tiles, if kNotFinite is set
+//   Repair::tile       finds NaN and Inf in what this block has stored, and computes those elements again
 //
 // An entry so small in its scale, where the largest is below 2^15, that its last part is denormal is off by up to
 // 2^-25. Such errors of x or of W add up, at random, to 2^-25 * 2^15 * sqrt(k) times the largest inverse of W's scale,
 // in the scale of x's row. The limit is 2^18 times that, 2^11 with one product. A sum is lost if it and the sum of the
 // thread's other column are within their limits, or if it is 2^8 times below its own: one alone may be near 0 by
-// chance. A row of W that is 0 has limit 0 and always agrees; two have nothing to lose. With the largest scale there
-// is, that of zeros and of the smallest numbers, nothing is lost.
+// chance. A row of W that is 0 has limit 0, and does not keep the other column's sum from being lost; two such rows
+// have nothing to lose. With the largest scale there is, that of zeros and of the smallest numbers, nothing is lost.
 //
-// What is marked and how it is found: store_float adds NaN behind the activation wherever the product is not finite, so
-// that no activation can hide it, and sets kNotFinite in shared memory; Repair reads out to find its work. z is stored
-// without the activation. So a new activation need not know of any of this.
+// An activation need not know of this: store_float adds NaN behind it, so that none can hide the mark, and z is stored
+// without it. Not found are sums of exactly 0 whose entries of W, not of x, became zero in their scale.
 
 template <typename T> __device__ __forceinline__ void Consumer<T>::note_w_inverse(const float (&w_inverse)[2]) {
 #pragma unroll
@@ -1746,6 +1790,7 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::note_w_invers
 }
 
 template <typename T> __device__ __forceinline__ void Consumer<T>::find_limits() {
+  // 2^-25 * 2^15, times how much more is a limit.
   const float factor = 0x1p-10f * (T::kParts == 2 ? 0x1p18f : 0x1p11f) * sqrtf(args.k);
 #pragma unroll
   for (int half = 0; half < 2; ++half)
@@ -1784,13 +1829,14 @@ __device__ __forceinline__ void Consumer<T>::mark_lost(int m, float* sums) const
     float marked[4];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const RowScale scale = {args.x_split.inverse_scale[m + row]};
+      const RowInverse x_inverse = {args.x_split.inverse_scale[m + row]};
       bool lost[2];
       are_lost(fabsf(sums[row]), fabsf(sums[2 + row]), lost);
 #pragma unroll
       for (int column = 0; column < 2; ++column) {
         const float sum = sums[2 * column + row];
-        const bool is_lost = lost[column] && scale.inverse() > kSmallestInverse && (sum != 0 || scale.has_vanished());
+        const bool is_lost =
+            lost[column] && x_inverse.value() > kSmallestInverse && (sum != 0 || x_inverse.has_vanished());
         marked[2 * column + row] = is_lost ? NAN : sum;
       }
     }
@@ -1802,15 +1848,13 @@ __device__ __forceinline__ void Consumer<T>::mark_lost(int m, float* sums) const
 // ---- Repair (float32): lost sums, and those with NaN or Inf, computed again
 //
 // A product that is not finite may be so because of the conversion: Inf - Inf in lo, an overflow of the scaled sum, or
-// a lost one. Repair computes all of them again, behind the last tile, when the rings are no longer used.
+// a lost one. Repair computes all of them again, behind the last tile, in the shared memory of the rings.
 //
 // Few lost sums: each by a warp, as a float32 dot product. Many: the tensor cores multiply all rows of the panel again.
 //   fp16x1  As TF32, whose exponents are float32's: there are no scales and no range to fall out of. TMA brings
-//   float32,
-//           threads round it in shared memory.
+//           float32, threads round it in shared memory.
 //   fp16x3  From three bf16 numbers for each operand, which have float32's exponents, too: a = a1 + a2 + a3, each what
-//   the
-//           one before leaves, cut off after 8 bits, and six of the nine products. Every thread loads float32 from
+//           the one before leaves, cut off after 8 bits, and six of the nine products. Every thread loads float32 from
 //           global memory, splits it and stores the parts in shared memory, into one of two buffers, while the tensor
 //           cores multiply what is in the other. Entries below 2^-117 have parts too small for bf16, and keep fewer
 //           bits. An Inf makes NaN of its parts. So what is not finite then is multiplied once more from a1 alone,
@@ -1825,7 +1869,7 @@ template <typename T> struct RepairLayout {
   static constexpr int kWPartBytes = kTileN * 128, kXPartBytes = kRows * 128;
   static constexpr int kBufferBytes = 3 * (kWPartBytes + kXPartBytes);
   static constexpr int kStageK = 32, kStageBytes = kWPartBytes + kXPartBytes;  // of float32
-  static constexpr int kFewLost = 32;  // a warp's: about as long by dot products as the whole panel on the tensor cores
+  static constexpr int kFewLost = 32;  // a warp's: dot products take about as long as the panel on the tensor cores
   using Shared = SharedLayout<T>;
   using FloatRing = Ring<std::max(1, T::kFloatStages), kStageBytes, 0, Shared::kFloatFull, Shared::kFloatFull>;
   static_assert(!T::kIsFloat || (kIsTf32 ? T::kFloatStages * kStageBytes : 2 * kBufferBytes) <= Shared::kWFull &&
@@ -1840,7 +1884,9 @@ __device__ __forceinline__ uint32_t take_bf16(float& a, float& b) {
   return __byte_perm(bits_a, bits_b, 0x7632);
 }
 
-// sum + a * b, term by term as a plain float32 dot product does it.
+__device__ __forceinline__ bool is_finite(float v) { return fabsf(v) < INFINITY; }
+
+// Adds a * b to sum, term by term as a plain float32 dot product does it.
 __device__ __forceinline__ float add_dot(float4 a, float4 b, float sum) {
   return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
 }
@@ -1866,7 +1912,7 @@ template <typename T> struct Repair {
       : block(args_, shared_memory),
         args(args_),
         maps(maps_),
-        thread(threadIdx.x - (T::kThreads - kConsumerThreads)),
+        thread(consumer_thread<T>()),
         warp(warp_index() - T::kFirstConsumerWarp),
         warpgroup(warp / 4),
         r(block.lane / 4),
@@ -1877,16 +1923,19 @@ template <typename T> struct Repair {
   static __device__ __forceinline__ bool any(bool of_this_thread) {
     return bar_red_or(kConsumersBarrier, kConsumerThreads, of_this_thread);
   }
-  // Loads four k of a row of x or W. What comes of rows outside is not used, but it must be read from somewhere.
-  __device__ __forceinline__ float4 load_x(int m, int k) const {
-    const float* x = static_cast<const float*>(args.x);
-    return load_four(x + min(m, args.m - 1) * args.x_stride, k, args.k);
+  // A row of x or W; a transposed W's column. What comes of those outside is not used, but must be read from somewhere.
+  __device__ __forceinline__ const float* row_of_x(int m) const {
+    return static_cast<const float*>(args.x) + min(m, args.m - 1) * args.x_stride;
   }
+  __device__ __forceinline__ const float* row_of_w(int n) const {
+    return static_cast<const float*>(args.w) + min(n, args.n - 1) * (T::kTransposedW ? 1 : args.w_stride);
+  }
+  // Loads four k of them.
+  __device__ __forceinline__ float4 load_x(int m, int k) const { return load_four(row_of_x(m), k, args.k); }
   __device__ __forceinline__ float4 load_w(int n, int k) const {
-    const float* w = static_cast<const float*>(args.w);
-    n = min(n, args.n - 1);
-    if (!T::kTransposedW) return load_four(w + n * args.w_stride, k, args.k);
-    auto or_zero = [&](int k_) { return k_ < args.k ? w[k_ * args.w_stride + n] : 0; };
+    const float* w = row_of_w(n);
+    if (!T::kTransposedW) return load_four(w, k, args.k);
+    auto or_zero = [&](int k_) { return k_ < args.k ? w[k_ * args.w_stride] : 0; };
     return {or_zero(k), or_zero(k + 1), or_zero(k + 2), or_zero(k + 3)};
   }
   template <int kParts> __device__ __forceinline__ void multiply_parts(int m_first, int n_tile);
@@ -1900,21 +1949,16 @@ template <typename T>
 template <int kParts>
 __device__ __forceinline__ void Repair<T>::multiply_parts(int m_first, int n_tile) {
   float partial[Layout::kSums];  // the sums of a block of k
-  // A thread's part of a block: four k of every 16th row, or of a transposed W every other four k of a row. What comes
-  // of rows outside is not used, but it must be read from somewhere.
+  // A thread's part of a block: four k of every 16th row, or of a transposed W every other four k of a row.
   constexpr int kWFours = kTileN / 16, kXFours = Layout::kRows / 16;
   const unsigned row = thread / 16, four = thread % 16, row_t = thread % kTileN, four_t = thread / kTileN;
   float4 w[kWFours], x[kXFours];
   const float *w_next[T::kTransposedW ? 1 : kWFours], *x_next[kXFours];
-  const float* entries = static_cast<const float*>(args.w);
-  if (T::kTransposedW) w_next[0] = entries + 4 * four_t * args.w_stride + min(n_tile + int(row_t), args.n - 1);
+  if (T::kTransposedW) w_next[0] = row_of_w(n_tile + row_t) + 4 * four_t * args.w_stride;
 #pragma unroll
-  for (int i = 0; i < kWFours && !T::kTransposedW; ++i)
-    w_next[i] = entries + min(n_tile + int(row) + 16 * i, args.n - 1) * args.w_stride + 4 * four;
+  for (int i = 0; i < kWFours && !T::kTransposedW; ++i) w_next[i] = row_of_w(n_tile + row + 16 * i) + 4 * four;
 #pragma unroll
-  for (int i = 0; i < kXFours; ++i)
-    x_next[i] =
-        static_cast<const float*>(args.x) + min(m_first + int(row) + 16 * i, args.m - 1) * args.x_stride + 4 * four;
+  for (int i = 0; i < kXFours; ++i) x_next[i] = row_of_x(m_first + row + 16 * i) + 4 * four;
   auto load = [&](int k0) {
     const bool is_inside = k0 + int(4 * four) < args.k;
 #pragma unroll
@@ -1937,7 +1981,7 @@ __device__ __forceinline__ void Repair<T>::multiply_parts(int m_first, int n_til
   };
   // Splits four numbers and stores their parts, under the swizzle.
   auto store_parts = [&](float4 v, unsigned row_, unsigned four_, uint32_t to, int part_bytes) {
-    const uint32_t address = to + row_ * 128 + (four_ / 2 ^ row_ % 8) * 16 + four_ % 2 * 8;
+    const uint32_t address = to + swizzled(row_, four_ / 2) + four_ % 2 * 8;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       const uint32_t first = take_bf16(v.x, v.y), second = take_bf16(v.z, v.w);
@@ -1958,8 +2002,8 @@ __device__ __forceinline__ void Repair<T>::multiply_parts(int m_first, int n_til
     for (int i = 0; i < Layout::kSums; ++i) total[i] += partial[i];
   };
   auto multiply_block = [&](uint32_t buffer) {
-    const uint32_t w = matrix_descriptor(buffer + warpgroup * (64 * 128));
-    const uint32_t x = matrix_descriptor(buffer + kParts * Layout::kWPartBytes);
+    const uint32_t w_descriptor = matrix_descriptor(buffer + warpgroup * (64 * 128));
+    const uint32_t x_descriptor = matrix_descriptor(buffer + kParts * Layout::kWPartBytes);
     bool adds = false;
     wgmma_fence();
 #pragma unroll
@@ -1969,8 +2013,8 @@ __device__ __forceinline__ void Repair<T>::multiply_parts(int m_first, int n_til
 #pragma unroll
         for (int step = 0; step < 4; ++step, adds = true)
           Wgmma<Layout::kRows>::template multiply<__nv_bfloat16>(
-              partial, kDescriptorUpper | (w + part * (Layout::kWPartBytes / 16) + 2 * step),
-              kDescriptorUpper | (x + (order - part) * (Layout::kXPartBytes / 16) + 2 * step), adds);
+              partial, kDescriptorUpper | (w_descriptor + part * (Layout::kWPartBytes / 16) + 2 * step),
+              kDescriptorUpper | (x_descriptor + (order - part) * (Layout::kXPartBytes / 16) + 2 * step), adds);
     wgmma_commit_group();
   };
 
@@ -2015,7 +2059,7 @@ template <typename T> __device__ __forceinline__ void Repair<T>::multiply_tf32(i
     }
     next.advance();
   };
-  fence_proxy_async_shared();  // or what threads have stored here might come after what TMA brings
+  fence_proxy_async_shared();  // without it what threads have stored here might come after what TMA brings
   bar_sync(kConsumersBarrier, kConsumerThreads);
   static_assert(T::kFloatStages == 4);
   fetch(0), fetch(1);
@@ -2045,7 +2089,7 @@ template <typename T> __device__ __forceinline__ void Repair<T>::multiply_tf32(i
     wgmma_wait_group<1>();
   }
   wgmma_wait_group<0>();
-  bar_sync(kConsumersBarrier, kConsumerThreads);
+  bar_sync(kConsumersBarrier, kConsumerThreads);  // the stages are free for store_where
 }
 
 // Repairs what this block stores of a tile.
@@ -2074,13 +2118,13 @@ template <typename T> __device__ __forceinline__ void Repair<T>::tile(int m_tile
       for (int bit = 0; bit < Layout::kSums / kWords; ++bit) {
         const int i = word * 32 + bit, m = row_of_sum(i), n = column_of_sum(i);
         const bool is_inside = m >= m_begin && m < m_end && n < args.n;
-        if (is_inside && !(fabsf(out[int64_t(m) * args.n + n]) < INFINITY)) lost[word] |= 1u << bit;
+        if (is_inside && !is_finite(out[int64_t(m) * args.n + n])) lost[word] |= 1u << bit;
       }
       count += __popc(lost[word]);
     }
     // Stores those of the lost sums that are finite in `total`, or those that are not, and says whether some are left.
     // Through shared memory, so that they can be indexed.
-    auto store_where = [&](bool is_finite) {
+    auto store_where = [&](bool finite) {
       const uint32_t mine = block.shared + 4 * thread;
       bool is_left = false;
 #pragma unroll
@@ -2091,8 +2135,7 @@ template <typename T> __device__ __forceinline__ void Repair<T>::tile(int m_tile
         for (uint32_t left = lost[word]; left != 0; left &= left - 1) {
           const int bit = __ffs(left) - 1, i = word * 32 + bit;
           const float sum = ld_shared(mine + i * (4 * kConsumerThreads));
-          if ((fabsf(sum) < INFINITY) == is_finite)
-            store(row_of_sum(i), column_of_sum(i), sum), lost[word] ^= 1u << bit;
+          if (is_finite(sum) == finite) store(row_of_sum(i), column_of_sum(i), sum), lost[word] ^= 1u << bit;
         }
         is_left |= lost[word] != 0;
       }
@@ -2143,7 +2186,7 @@ template <typename T> __device__ __forceinline__ void Repair<T>::tiles() {
 // [column][row]. A warp's stores fill whole 32-byte sectors. z is stored by the same code as out, in a pass of its own.
 // Measured: what is rarely executed should be short or far away, since instructions are read from memory, too.
 
-// The inverses of the scales of x's rows m and m + 1, as in RowScale.
+// The inverses of the scales of x's rows m and m + 1, as in RowInverse.
 template <typename T> __device__ __forceinline__ float2 Consumer<T>::x_inverses(int m) const {
   return *reinterpret_cast<const float2*>(args.x_split.inverse_scale + m);
 }
@@ -2158,10 +2201,10 @@ __device__ __forceinline__ void Consumer<T>::store_float(Element* to, bool is_z,
 #pragma unroll
   for (int group = 0; group < kGroups; ++group, to += 8 * int64_t(args.n)) {
     const float2 both = group == 0 ? first_x_inverses : x_inverses(m + 8 * group);
-    const RowScale rows[2] = {{both.x}, {both.y}};
+    const RowInverse rows[2] = {{both.x}, {both.y}};
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const float product = sums[4 * group + e] * rows[e % 2].inverse();
+      const float product = sums[4 * group + e] * rows[e % 2].value();
       const float nan_unless_finite = product * 0;
       check += nan_unless_finite;
       const float value = product + bias[e / 2], stored = select(is_z, value, activation(value, args.s));
@@ -2292,7 +2335,7 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::finish_tile()
   } else if constexpr (T::kIsFloat) {
     float check = 0;
     find_limits();
-    // 128 rows after the other, in the same registers.
+    // First 128 rows, then the others in the same registers. (A tile of 128 rows copies them to themselves.)
 #pragma unroll 1
     for (int first = 0; first < T::kRows && m0 + first < args.m; first += 128) {
       const int m = m0 + first + 2 * q;
@@ -2310,19 +2353,16 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::finish_tile()
 // One thread: initializes the barriers and fetches what can be fetched at once.
 template <typename T> __device__ __forceinline__ void set_up(const Block<T>& block, const CUtensorMap& w_map) {
   using Shared = SharedLayout<T>;
-  for (int i = 0; i < T::kWStages; ++i) {
-    mbarrier_init(block.shared + Shared::kWFull + 8 * i, 1);
-    mbarrier_init(block.shared + Shared::kWEmpty + 8 * i, T::kSharesW ? kConverterWarps : kConsumerWarps);
-  }
-  for (int i = 0; i < T::kConvertedStages; ++i) {
-    mbarrier_init(block.shared + Shared::kConvertedFull + 8 * i, 32 * kConverterWarps);
-    mbarrier_init(block.shared + Shared::kConvertedEmpty + 8 * i, (32 + 1) * kConsumerWarps);
-  }
-  for (int i = 0; i < T::kXStages; ++i) {
-    mbarrier_init(block.shared + Shared::kXFull + 8 * i, 1);
-    mbarrier_init(block.shared + Shared::kXEmpty + 8 * i, kConsumerWarps * T::kBlocksSharingX);
-  }
-  for (int i = 0; i < T::kFloatStages; ++i) mbarrier_init(block.shared + Shared::kFloatFull + 8 * i, 1);
+  const auto initialize = [&](int stages, int first_barrier, int arrivals) {
+    for (int i = 0; i < stages; ++i) mbarrier_init(block.shared + first_barrier + 8 * i, arrivals);
+  };
+  initialize(T::kWStages, Shared::kWFull, 1);
+  initialize(T::kWStages, Shared::kWEmpty, T::kSharesW ? kConverterWarps : kConsumerWarps);
+  initialize(T::kConvertedStages, Shared::kConvertedFull, 32 * kConverterWarps);
+  initialize(T::kConvertedStages, Shared::kConvertedEmpty, kConsumerThreads + kConsumerWarps);
+  initialize(T::kXStages, Shared::kXFull, 1);
+  initialize(T::kXStages, Shared::kXEmpty, kConsumerWarps * T::kBlocksSharingX);
+  initialize(T::kFloatStages, Shared::kFloatFull, 1);
   mbarrier_init(block.shared + Shared::kSumsFull, 1);
   st_shared(block.shared + Shared::kNotFinite, 0);
   fence_mbarrier_init();
@@ -2352,7 +2392,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   }
   __syncthreads();
   const int warp = warp_index();
-  // Before anything of another block's is touched; where they share a tile that is at its end.
+  // No barrier of another block may be used before it is initialized. Where blocks share a tile none is until its end,
+  // and the wait is there.
   barrier_cluster_arrive_relaxed();
   if (!T::kSplitK) barrier_cluster_wait();
 
@@ -2381,7 +2422,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     }
   } else {
     setmaxnreg_inc<T::kConsumerRegisters>();
-    griddepcontrol_wait();  // for inverse_scale, of float32
+    griddepcontrol_wait();  // for what split_rows_kernel has written: inverse_scale, and what repair reads
     Consumer<T> consumer(block, maps);
     if (consumer.warpgroup == 1) consumer.give_turn();
     block.for_each_tile([&](int m0, int n0) {
@@ -2392,10 +2433,14 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     if (T::kStoresBoxes && threadIdx.x % 128 == 0) cp_async_bulk_wait_group_read<0>();
     if (consumer.warpgroup == 0) consumer.await_turn();  // takes the last turn, so that the barrier ends as it began
     if (!T::kIsFloat || !Repair<T>::any(ld_shared(block.shared + SharedLayout<T>::kNotFinite) != 0)) {
-      leave_cluster();  // here, and not behind the instructions that follow
+      leave_cluster();  // not behind the instructions that follow, which are rarely needed and far away
       return;
     }
-    if constexpr (T::kIsFloat) Repair<T>(args, maps, shared_memory).tiles();
+    if constexpr (T::kIsFloat) {
+      // Repair overwrites the rings. The other block has what this one's converters sent it once it has used it.
+      if constexpr (T::kSharesW) consumer.w_ring.wait_all_empty();
+      Repair<T>(args, maps, shared_memory).tiles();
+    }
   }
   leave_cluster();
 #endif
@@ -2477,7 +2522,8 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
   cudaError_t error = cudaSuccess;
   // First, so that the GPU has work while the host prepares the rest.
   if constexpr (T::kKernel == Kernel::kFp16x1Staged)
-    error = launch_split_rows<256, 1>(args.w, args.w_stride, args.w_split, args.n, kMaxRows, args.k, false, stream);
+    error = launch_split_rows<256, 1>(args.w, args.w_stride, args.w_split, args.n, TileScheduler<T>::kClusterN, args.k,
+                                      false, stream);
   if constexpr (T::kIsFloat)
     if (error == cudaSuccess)
       error = launch_split_rows<T::kSplitK ? 512 : 256, T::kParts>(
@@ -2524,7 +2570,7 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
   return error != cudaSuccess ? error : cudaGetLastError();
 }
 
-// Launches a tile of `rows` rows, if there is such a variant. The operator decides which is the best.
+// Launches a tile of `rows` rows, if there is such a variant; select_tile, in the last part, finds the best.
 template <Kernel kKernel, typename Element, bool kTransposedW = false>
 static cudaError_t launch(const Arguments& args, int rows, int splits, int device, cudaStream_t stream) {
   const bool is_split = splits >= 1 && splits <= kMaxSplits && splits <= (args.k + kTileK - 1) / kTileK;
