@@ -126,13 +126,14 @@ def test_any_layout_in_16_bits(layout, dtype, k, host):
 
 
 @pytest.mark.parametrize("b_layout", ["rows", "wider", "transposed", "unaligned"])
-@pytest.mark.parametrize("a_layout", ["rows", "wider", "transposed", "3-d"])
+@pytest.mark.parametrize("a_layout", ["rows", "wider", "wider, aligned", "transposed", "3-d"])
 @pytest.mark.parametrize("k", [64, 37])
 def test_matmul_of_any_layout(a_layout, b_layout, k, host):
     a, b = torch.randn(24, k), torch.randn(k, 56)
     a = {
         "rows": a,
         "wider": torch.randn(24, k + 3)[:, 1 : 1 + k],
+        "wider, aligned": torch.randn(24, k // 4 * 4 + 4)[:, :k],  # with numbers where a kernel wants zeros
         "transposed": a.t().contiguous().t(),
         "3-d": a[None],
     }[a_layout]
