@@ -3,7 +3,8 @@
     python bench/all.py                    on a GPU; writes bench/results/<gpu>.json, <gpu>-high.json, <gpu>-grid.json
     python bench/all.py --from-recorded    without one: tables and figures from what is there
 
-Measuring is bench/reference.py at 'highest' (all of it) and at 'high' (times, accuracy, energy), and bench/grid.py.
+Measuring is bench/measure.py at 'highest' (all of it) and at 'high' (times, hard data, energy), and bench/grid.py: some
+seven minutes on an H200.
 """
 
 import argparse
@@ -16,10 +17,10 @@ from tables import companion, results_path
 
 def measurements(results):
     """The commands that write this results file and those beside it."""
-    reference = ["reference.py", "--output"]
+    measure = ["measure.py", "--output"]
     return [
-        [*reference, results],
-        [*reference, companion(results, "high"), "--precision", "high", "--sections", "time,accuracy,energy"],
+        [*measure, results],
+        [*measure, companion(results, "high"), "--precision", "high", "--sections", "time,slow-data,energy"],
         ["grid.py", "--output", companion(results, "grid")],
     ]
 

@@ -21,7 +21,6 @@ try:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
     from matplotlib.figure import Figure
-    from matplotlib.text import Text
     from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
     from matplotlib.transforms import Bbox
 except ImportError:
@@ -79,51 +78,33 @@ def beside(axes, text, x, y, color, left=False, gap=9, **style):
 
 
 def place_labels(axes, labels, points):
-    """labels: [(text, x, y, style)], each written near its point (x, y), where it overlaps neither another nor any of
-    points, [(x, y)]; of such places, where lines from points to labels cross fewest others, and then the nearest.
+    """labels: [(text, x, y, style)], each written near its point (x, y), to its left or right and as far above or below
+    as it takes to overlap neither another nor any of points, [(x, y)].
     """
     figure = axes.figure
-    figure.set_canvas(FigureCanvasAgg(figure))
-    figure.draw_without_rendering()  # the axes have their place from here on
-    renderer = figure.canvas.get_renderer()
-    dots = [Bbox.from_bounds(*(axes.transData.transform(point) - 5), 10, 10) for point in points]
-    heights = [0, *(sign * 11 * step for step in range(1, 10) for sign in (1, -1))]
-
-    def write(text, x, y, style, dy, side):
-        line = {"arrowstyle": "-", "color": TEXT, "lw": 0.5, "shrinkA": 0, "shrinkB": 3}
-        line = line | {"relpos": (0 if side == "left" else 1, 0.5)} if abs(dy) > 11 else None
-        place = {"xytext": (9 if side == "left" else -9, dy), "textcoords": "offset points", "ha": side, "va": "center"}
-        return axes.annotate(text, (x, y), arrowprops=line, in_layout=False, **place, **style)
-
-    def measured(wanted, dy, side):
-        """(box, line, start, place): the line as small boxes, from the point, its start, to the text's nearer end."""
-        written = write(*wanted, dy, side)
-        written.update_positions(renderer)
-        box = Text.get_window_extent(written, renderer).padded(1)
-        written.remove()
-        start = axes.transData.transform(wanted[1:3])
-        end = (box.x0 if side == "left" else box.x1), (box.y0 + box.y1) / 2
-        steps = [start + (end - start) * step / 40 for step in range(41)] if abs(dy) > 11 else []
-        return box, [Bbox.from_bounds(*step, 1, 1) for step in steps], start, (dy, side)
-
-    candidates = [[measured(wanted, dy, side) for dy in heights for side in ("left", "right")] for wanted in labels]
-    placed = {}  # a label's number: one of its candidates
-
-    def badness(candidate):
-        box, line, start, (dy, _) = candidate
-        outside = not (axes.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= axes.bbox.y1)
-        boxes = [other for other, *_ in placed.values()]
-        overlaps = sum(map(box.overlaps, boxes + dots))
-        others = boxes + [dot for dot in dots if not dot.contains(*start)]
-        crossed = sum(any(map(other.overlaps, line)) for other in others)
-        crossed += sum(any(map(box.overlaps, other)) for _, other, *_ in placed.values())
-        return outside, overlaps, crossed, abs(dy)
-
-    for number in [*range(len(labels))] * 3:  # again and again, as the first could not know of the others
-        placed.pop(number, None)
-        placed[number] = min(candidates[number], key=badness)
-    for number, (*_, place) in placed.items():
-        write(*labels[number], *place)
+    FigureCanvasAgg(figure).draw()  # the axes have their place from here on
+    taken = [Bbox.from_bounds(*(axes.transData.transform(point) - 5), 10, 10) for point in points]
+    heights = [0, *(sign * 11 * step for step in range(1, 14) for sign in (1, -1))]  # in points
+    pixels = figure.dpi / 72
+    for text, x, y, style in labels:
+        place = {"xytext": (0, 0), "textcoords": "offset points", "va": "center", "in_layout": False}
+        written = axes.annotate(text, (x, y), **place, **style)
+        width, height = written.get_window_extent().size
+        at_x, at_y = axes.transData.transform((x, y))
+        best = None
+        for dy, is_left in itertools.product(heights, (True, False)):
+            x0 = at_x + 9 * pixels if is_left else at_x - 9 * pixels - width
+            box = Bbox.from_bounds(x0, at_y + dy * pixels - height / 2, width, height).padded(1)
+            outside = not (axes.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= axes.bbox.y1)
+            badness = outside, sum(map(box.overlaps, taken)), abs(dy)
+            if best is None or badness < best[0]:
+                best = badness, box, (9 if is_left else -9, dy), "left" if is_left else "right"
+        _, box, position, side = best
+        taken.append(box)
+        written.set(position=position, ha=side)
+        if abs(position[1]) > 11:
+            line = {"arrowstyle": "-", "color": TEXT, "lw": 0.5, "shrinkA": 0, "shrinkB": 3}
+            axes.annotate("", (x, y), position, textcoords="offset points", arrowprops=line)
 
 
 def groups(rows):

@@ -15,9 +15,7 @@ Needs a CUDA device. Writes bench/results/<gpu>-grid.json: a list of rows, and o
 
 import argparse
 import functools
-import json
 import math
-import re
 import sys
 import time
 import traceback
@@ -28,9 +26,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.reference import SCALE, conditions_row, described_conditions, draw_bar, row, sampled_conditions, spread
-from bench.tables import SLOWER, grid_panels, results_path
-from model_new import Model, ModelNew, _environment, errors_against_float64, l2_flush, select_kernel
+from bench.records import conditions_row, described_conditions, row, sampled_conditions, save, spread
+from bench.tables import SLOWER, grid, results_path, some_of
+from model_new import Model, ModelNew, _environment, errors_against_float64, l2_flush, scaling_factor, select_kernel
 
 
 class Precision(NamedTuple):
@@ -139,15 +137,6 @@ def captured(function):
     return graph.replay, out
 
 
-def device_works():
-    """False after an error that leaves the CUDA context unusable: every later call would raise it again."""
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
-
-
 def samples_in_turns(samplers, budget_ms=BUDGET_MS, most=MOST):
     """{name: [ms]} of a dict of functions that each time one thing once and return ms, called in turns.
 
@@ -195,7 +184,7 @@ def copy_bytes_per_second():
 def layer_pair(k, n, dtype):
     """{contender: module} with the same parameters, drawn on the device."""
     with torch.device(DEVICE):
-        pair = Model(k, n, SCALE).to(dtype), ModelNew(k, n, SCALE)
+        pair = Model(k, n, scaling_factor).to(dtype), ModelNew(k, n, scaling_factor)
     pair[1].gemm = pair[0].gemm
     return dict(zip(CONTENDERS, pair))
 
@@ -208,7 +197,7 @@ def measure(precision, x, layers, copy_rate):
     graphs = {name: captured(function) for name, function in functions.items()}
     index = checked_rows(m, k, n).to(x.device)
     outputs = {name: out[index] for name, (_, out) in graphs.items()}
-    errors = errors_against_float64(outputs, x[index], gemm.weight, gemm.bias, SCALE)
+    errors = errors_against_float64(outputs, x[index], gemm.weight, gemm.bias, scaling_factor)
     times = device_times({name: replay for name, (replay, _) in graphs.items()})
     del graphs, outputs  # their memory is the plain calls' now
     plain = host_times(functions, {name: ms for name, (ms, _, _) in times.items()})
@@ -220,7 +209,7 @@ def measure(precision, x, layers, copy_rate):
         values |= {"error_frobenius": errors[name][0], "error_componentwise": errors[name][1]}
         values |= {"kernel": select_kernel(x, gemm.weight, gemm.bias) if name == "ModelNew" else None}
         values |= {"dtype": str(x.dtype).removeprefix("torch.")}
-        rows.append(row(argparse.Namespace(precision=setting), "grid", name, (m, k, n), **values))
+        rows.append(row("grid", name, (m, k, n), setting, **values))
     return rows
 
 
@@ -231,19 +220,10 @@ def wrong(precision, measured):
     return not all(error <= limit for pair in errors for error in pair)
 
 
-def show_progress(done, cell, todo, seconds):
-    """A bar on stderr where that is a terminal, otherwise a line after each K, N. `cell` was the last."""
-    precision, m, k, n = cell
-    drawn = draw_bar(done, len(todo), f"cells, {seconds:.0f} s, {precision} {m}, {k}, {n}")
-    if not drawn and (done == len(todo) or todo[done][2:] != (k, n)):
-        print(f"K, N = {k}, {n}: {done}/{len(todo)} cells, {seconds:.0f} s", file=sys.stderr, flush=True)
-
-
-def measure_grid(todo, seconds, copy_rate, save):
+def measure_grid(todo, seconds, copy_rate, output):
     """(rows, failed, missing): the cells of `todo` measured one after the other, until `seconds` have passed.
 
-    failed: cells that raised or are wrong; missing: those for which no time was left, or no working device.
-    `save(rows)` is called after each K, N.
+    failed: cells that raised or are wrong; missing: those for which no time was left. Rows are saved after each K, N.
     """
     start, results, failed = clock(), [], []
     most_rows = max(m for _, m, _, _ in todo)
@@ -253,7 +233,8 @@ def measure_grid(todo, seconds, copy_rate, save):
         if clock() - start > seconds:
             return results, failed, todo[done:]
         if size != (k, n):
-            save(results)
+            save(output, results)
+            print(f"{done} of {len(todo)} cells, {clock() - start:.0f} s; K, N = {k}, {n}", file=sys.stderr, flush=True)
             size, layers, xs = (k, n), {}, {}
         dtype, setting, *_ = PRECISIONS[precision]
         torch.set_float32_matmul_precision(setting)
@@ -265,21 +246,17 @@ def measure_grid(todo, seconds, copy_rate, save):
         except Exception:  # the other cells still stand, and so does the file
             traceback.print_exc(limit=-4)
             failed.append(cell)
-            if not device_works():
-                return results, failed, todo[done + 1 :]
+            torch.cuda.synchronize()  # raises where the device is lost: nothing more could be measured
             continue
         results += measured
         if wrong(precision, measured):
             failed.append(cell)
             errors = measured[-1]["error_frobenius"], measured[-1]["error_componentwise"]
             print(f"\n!!! WRONG: {describe(measured[-1])}, errors {errors}", file=sys.stderr, flush=True)
-        show_progress(done + 1, cell, todo, clock() - start)
     return results, failed, []
 
 
 # ------------------------------------------------------------------------------------------------------ report
-
-INITIALS = {"library": "l", "fp16x3": "3", "fp16x1": "1", "fp16x1_staged": "s", "wgmma16": "w"}
 
 
 def describe(r):
@@ -291,76 +268,41 @@ def describe(r):
     )
 
 
-def entry(r):
-    """A row of ModelNew in a table of the report."""
-    if r is None:
-        return "-"
-    kernel = INITIALS.get(r["kernel"], r["kernel"])
-    return f"{r['ratio_to_eager']:.2f}/{r['ratio_to_eager_host']:.2f} {kernel} {r['of_roofline']:3.0%}"
-
-
 def report(results, failed, missing):
     """The text printed last: a table for each precision, then the cells that want attention."""
     ours = [r for r in results if r["name"] == "ModelNew"]
-    lines = []
-    for name, (ms, sizes, found) in grid_panels(ours).items():
-        lines += ["", f"{name}: ModelNew / eager on the device / in plain calls, kernel, % of the roofline"]
-        lines.append(f"{'M':>5}" + "".join(f"{f'{k}x{n}':>18}" for k, n in sizes))
-        for m in ms:
-            lines.append(f"{m:>5}" + "".join(f"{entry(found.get((m, *size))):>18}" for size in sizes))
-    lines += ["", ", ".join(f"{initial}: {kernel}" for kernel, initial in INITIALS.items())]
-
     slow = [r for r in ours if not max(r["ratio_to_eager"], r["ratio_to_eager_host"]) <= SLOWER]
-    lines += ["", f"more than {SLOWER - 1:.0%} slower than eager: {len(slow)} of {len(ours)} cells"]
-    lines += map(describe, slow)
     long = sorted((r for r in ours if r["roofline_ms"] >= LAUNCH_MS), key=lambda r: r["of_roofline"])
-    short = [r["of_roofline"] for r in ours if r["roofline_ms"] < LAUNCH_MS]
+    lines = [grid(ours), "", f"more than {SLOWER - 1:.0%} slower than eager: {len(slow)} of {len(ours)} cells"]
+    lines += map(describe, slow)
     lines += ["", f"furthest from the roofline, of the cells where that is at least {LAUNCH_MS * 1e3:g} µs"]
     lines += [f"{r['of_roofline']:4.0%} {describe(r)}" for r in long[:10]]
-    if short:
-        lines.append(f"the {len(short)} with a shorter one: {min(short):.0%} to {max(short):.0%}")
     if missing:
-        lines += ["", f"NOT MEASURED, the time was up or the device failed: {len(missing)} cells, from this one on"]
-        lines.append(", ".join(map(str, missing[0])))
-    if failed:
-        lines += ["", f"!!! FAILED OR WRONG: {len(failed)} cells"]
-        lines += [", ".join(map(str, cell)) for cell in failed]
+        lines += ["", f"NOT MEASURED, the time was up: {len(missing)} cells, from this one on", str(missing[0])]
+    lines += ["", f"!!! FAILED OR WRONG: {len(failed)} cells", *map(str, failed)] if failed else []
     return "\n".join(lines)
 
 
 # -------------------------------------------------------------------------------------------- the command line
 
 
-def _list_of(pattern, convert, text):
-    parts = text.split(",")
-    if not all(re.fullmatch(pattern, part) for part in parts):
-        raise argparse.ArgumentTypeError(f"expected some of {pattern}, separated by commas, got {text!r}")
-    return [convert(part) for part in dict.fromkeys(parts)]
+def _sizes(text):
+    return [tuple(map(int, size.split("x"))) for size in text.split(",")]
 
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(prog="bench/grid.py", description=__doc__.splitlines()[0])
-    option, number = parser.add_argument, r"0*[1-9]\d*"
-    option(
-        "--precisions",
-        type=functools.partial(_list_of, "|".join(PRECISIONS), str),
-        default=",".join(PRECISIONS),
-        help="default %(default)s",
-    )
+    option, names = parser.add_argument, ",".join(PRECISIONS)
+    option("--precisions", type=functools.partial(some_of, PRECISIONS), default=names, help="default %(default)s")
     option(
         "--rows",
-        type=functools.partial(_list_of, number, int),
+        type=lambda text: [int(m) for m in text.split(",")],
         default=",".join(map(str, ROWS)),
         metavar="M,M,...",
         help="default %(default)s",
     )
-    option(
-        "--sizes",
-        type=functools.partial(_list_of, f"{number}x{number}", lambda size: tuple(map(int, size.split("x")))),
-        default=",".join(f"{k}x{n}" for k, n in SIZES),
-        metavar="KxN,KxN,...",
-        help="default %(default)s",
-    )
+    sizes = ",".join(f"{k}x{n}" for k, n in SIZES)
+    option("--sizes", type=_sizes, default=sizes, metavar="KxN,KxN,...", help="default %(default)s")
     option("--seconds", type=float, default=150.0, help="then the cells left are not measured (default %(default)s)")
     option("--output", type=Path, help="default bench/results/<gpu>-grid.json")
     return parser.parse_args(argv)
@@ -373,26 +315,17 @@ def main(argv=None):
     if not torch.cuda.is_available():
         sys.exit("bench/grid.py measures GPU kernels, and PyTorch sees no CUDA device here")
     output = arguments.output or results_path(torch.cuda.get_device_name(), "grid")
-    output.parent.mkdir(parents=True, exist_ok=True)
-
-    def save(rows):
-        output.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
-
     todo = cells(arguments.precisions, arguments.rows, arguments.sizes)
     print(f"{_environment()}; {len(todo)} cells", flush=True)
-    start, precision_before = clock(), torch.get_float32_matmul_precision()
+    start = clock()
     with sampled_conditions() as samples:
         copy_rate = copy_bytes_per_second()
-        try:
-            results, failed, missing = measure_grid(todo, arguments.seconds, copy_rate, save)
-        finally:
-            torch.set_float32_matmul_precision(precision_before)
+        results, failed, missing = measure_grid(todo, arguments.seconds, copy_rate, output)
     values = {"copy_gb_per_s": copy_rate / 1e9, "seconds": clock() - start, "not_measured": missing, "failed": failed}
     conditions = conditions_row(samples, "grid", **values)
-    save([*results, conditions])
+    save(output, [*results, conditions])
     print(report(results, failed, missing))
     print(f"\ncopy {copy_rate / 1e9:.0f} GB/s; {clock() - start:.0f} s; {described_conditions(conditions)}")
-    print(f"wrote {output.name}: {len(results) + 1} rows")
     return 1 if failed else 0
 
 

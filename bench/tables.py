@@ -1,4 +1,4 @@
-"""Fills the tables of README.md and docs/OPTIMIZATIONS.md from what bench/reference.py and bench/grid.py measured.
+"""Fills the tables of README.md and docs/OPTIMIZATIONS.md from what bench/measure.py and bench/grid.py measured.
 
     python bench/tables.py             from bench/results/nvidia-h200.json, and beside it -high.json and -grid.json
     python bench/tables.py --check     writes nothing; exit status 1 where a file is not what would be written
@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("README.md", "docs/OPTIMIZATIONS.md")
 SLOWER = 1.02  # times eager's time: a cell of the grid to be marked
+AS_GOOD, ROUNDOFF = 1.02, 1.5e-7  # an error is as good as another up to so many times it, and up to this one
 WHERE = "{gpu}, torch {torch}, M, K, N = {shape}, {dtype}, '{precision}'"
 LABELS = {
     "torch.compile, max-autotune": "torch.compile (max-autotune)",
@@ -28,7 +29,7 @@ LABELS = {
 
 
 def results_path(gpu="NVIDIA H200", suffix=""):
-    """Where what was measured on a GPU of this name is kept; suffix: "" or "high" (bench/reference.py), "grid"."""
+    """Where what was measured on a GPU of this name is kept; suffix: "" or "high" (bench/measure.py), "grid"."""
     return companion(ROOT / "bench/results" / (re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"), suffix)
 
 
@@ -91,7 +92,9 @@ def times(rows, full):
 
 
 def accuracy(rows):
-    body = []
+    """Of slow-data, at the largest M."""
+    body, most = [], max(row["shape"][0] for row in rows)
+    rows = [row for row in rows if row["shape"][0] == most]
     for row in rows:
         cells = [row["name"]]
         for key in ("error_frobenius", "error_componentwise"):
@@ -100,12 +103,60 @@ def accuracy(rows):
             cells += [f"**{error(ours)}**" if worse else error(ours), error(library)]
         body.append([*cells, f"{row['ms']:.2f}", f"{row['speedup']:.2g}×"])
     kernel, library = rows[0]["kernel"], "SGEMM" if rows[0]["precision"] == "highest" else "TF32"
-    header = ["data", f"{kernel}, Frobenius", library, f"{kernel}, componentwise", library, "ms", f"against {library}"]
-    note = f"{WHERE.format(**rows[0])}. Bold: worse than {library}."
-    note += " Times: medians of five calls in turns with the library's."
+    header = ["data", f"{kernel}, Frobenius", library, f"{kernel}, componentwise", library, "ms", "against eager"]
+    note = f"{WHERE.format(**rows[0])}. Errors of z. Bold: worse than {library}."
+    note += " Times: medians of seven calls in turns with eager's."
     note += " Every call, repeated, gave the same bits." if all(row["bit_identical"] for row in rows) else ""
     note += "" if all(row["kernel"] == kernel for row in rows) else f" NOT all were computed by {kernel}."
     return f"{table(header, body)}\n\n{note}"
+
+
+def slow_data(rows):
+    """Times for each M."""
+    ms = sorted({row["shape"][0] for row in rows}, reverse=True)
+    found = {(row["name"], row["shape"][0]): row for row in rows}
+    body = []
+    for name in dict.fromkeys(row["name"] for row in rows):
+        cells = [found[name, m] for m in ms]
+        body.append([name, *(f"{row['ms']:.3f} / {row['library_ms']:.3f} ({row['speedup']:.2f}×)" for row in cells)])
+    header = ["ms, ours / eager", *(f"M = {m}" for m in ms)]
+    note = (
+        "{gpu}, torch {torch}, K, N = {shape[1]}, {shape[2]}, {dtype}, '{precision}'; medians of seven calls in turns,"
+    )
+    return f"{table(header, body)}\n\n{note.format(**rows[0])} the cache flushed."
+
+
+def accuracy_grid(rows):
+    """A row for each kind of data, of z and of the gradients."""
+    body = []
+    for what, of in (("z", "z"), ("gradients", "gradient")):
+        chosen = [row for row in rows if row["name"].startswith(of)]
+        cells = [(kind, row["shape"], *pair) for row in chosen for kind, pair in row["errors"].items()]
+        for kind in [*dict.fromkeys(kind for kind, *_ in cells), None]:
+            some = [cell for cell in cells if kind in (None, cell[0])]
+            good = sum(ours <= AS_GOOD * theirs for *_, ours, theirs in some)
+            bad = sum(not ours <= max(AS_GOOD * theirs, ROUNDOFF) for *_, ours, theirs in some)
+            _, shape, ours, theirs = max(some, key=lambda cell: cell[2] / max(cell[3], 1e-300) if cell[2] else 0)
+            worst = f"{error(ours)}, {error(theirs)} at {', '.join(map(str, shape))}"
+            body.append([f"{what}, {kind or 'all'}", str(len(some)), f"{good / len(some):.0%}", str(bad), worst])
+    header = ["relative Frobenius error", "cells", f"≤ {AS_GOOD} × eager's", f"above that and {ROUNDOFF:g}"]
+    note = (
+        "{gpu}, torch {torch}, {dtype}, '{precision}'; shapes that fp16x3 serves. Against float64; eager's on the same"
+    )
+    return f"{table([*header, 'ours, eager at the worst (M, K, N)'], body)}\n\n{note.format(**rows[0])} data."
+
+
+def harness(rows):
+    body = []
+    for row in rows:
+        cells = [row["dtype"], label(row), "ahead" if row["host_ahead"] else "waits"]
+        body.append(marked(row, [*cells, f"{row['mean']:.3f}", f"{row['ms']:.3f}", f"{row['speedup']:.2f}×"]))
+    note = "{gpu}, torch {torch}, M, K, N = {shape}; 100 calls, before each of which the host waits for the GPU and"
+    note += (
+        " overwrites 256 MB. Ahead: the GPU has a millisecond to do before the first event, the host does not count."
+    )
+    header = ["", "", "host", "mean, ms", "median, ms", "eager's mean / this"]
+    return f"{table(header, body)}\n\n{note.format(**rows[0])}"
 
 
 def times_16bit(rows):
@@ -140,9 +191,15 @@ def energy(rows):
 
 
 def host(rows):
-    cost = {tuple(row["name"].split(", ", 1)): row["ms"] * 1e3 for row in rows}  # (who, what): microseconds
-    pairs = [(what, cost["eager", what], cost["ModelNew", what]) for who, what in cost if who == "eager"]
-    body = [[what, f"{eager:.0f}", f"{new:.0f}", f"{new / eager:.2f}"] for what, eager, new in pairs]
+    """Of section host, or of networks, which has several widths."""
+    cost = {(*row["name"].split(", ", 1), row["shape"][1]): row["ms"] * 1e3 for row in rows}  # who, what, K: µs
+    widths = {width for *_, width in cost}
+    body = []
+    for who, what, width in cost:
+        if who == "eager":
+            eager, new = cost[who, what, width], cost["ModelNew", what, width]
+            name = f"{what}, width {width}" if len(widths) > 1 else what
+            body.append([name, f"{eager:.0f}", f"{new:.0f}", f"{new / eager:.2f}"])
     return table(["host's µs per call", "eager", "ModelNew", "ratio"], body)
 
 
@@ -195,11 +252,16 @@ TABLES = {  # marker: (section of the results, precision or None for all, its ro
     "times": ("time", "highest", lambda rows: times(rows, full=True)),
     "times-high": ("time", "high", lambda rows: times(rows, full=True)),
     "times-16bit": ("time-16bit", "highest", times_16bit),
-    "accuracy": ("accuracy", "highest", accuracy),
-    "accuracy-high": ("accuracy", "high", accuracy),
+    "accuracy": ("slow-data", "highest", accuracy),
+    "accuracy-high": ("slow-data", "high", accuracy),
+    "slow-data": ("slow-data", "highest", slow_data),
+    "slow-data-high": ("slow-data", "high", slow_data),
+    "accuracy-grid": ("accuracy-grid", "highest", accuracy_grid),
+    "harness": ("harness", "highest", harness),
     "epilogue": ("epilogue", "highest", epilogue),
     "energy": ("energy", None, energy),
     "host": ("host", "highest", host),
+    "networks": ("networks", "highest", host),
     "grid": ("grid", None, grid),
     "grid-summary": ("grid", None, grid_summary),
 }
@@ -237,7 +299,7 @@ def main(argv=None):
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a file would change")
     arguments = parser.parse_args(argv)
     if not arguments.results.is_file():
-        parser.error(f"there is no {arguments.results}; bench/reference.py writes one")
+        parser.error(f"there is no {arguments.results}; bench/measure.py writes one")
     results = read(*(companion(arguments.results, suffix) for suffix in ("", "high", "grid")))
     old = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES}
     new = {name: fill(text, results) for name, text in old.items()}

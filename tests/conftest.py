@@ -1,9 +1,14 @@
-"""Fixtures. `device` runs a test on the CPU and, where there is one, on the CUDA device."""
+"""Fixtures, and a report. `device` runs a test on the CPU and, where there is one, on the CUDA device."""
 
+import datetime
 import os
+import shlex
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from fuzz import settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model_new
@@ -18,6 +23,46 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def pytest_report_header():
     cuda = torch.cuda.is_available()
     return f"device: {torch.cuda.get_device_name()}" if cuda else "device: none; tests that need one are skipped"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--report", metavar="FILE", help="write a table in Markdown of what was tried, with all failures")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The report: a row for each test function. A test that tries much in one go records how much as "tried"."""
+    if not config.getoption("--report"):
+        return
+    tried, seconds, skipped, failures = Counter(), Counter(), Counter(), []
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, ()):
+            name = report.nodeid.partition("[")[0].removeprefix("tests/")
+            seconds[name] += report.duration
+            if outcome == "skipped":
+                skipped[name] += 1
+            else:
+                tried[name] += dict(report.user_properties).get("tried", 1)
+            if outcome in ("failed", "error"):
+                failures.append(f"- {report.nodeid}: {' '.join(report.longreprtext.split())[-300:]}")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    options = shlex.join(config.invocation_params.args)
+    lines = [
+        "# What was tried to break it",
+        "",
+        f"{tried.total()} tries, {len(failures)} failures. Written by",
+        "",
+        "```sh",
+    ]
+    lines += [
+        f"python -m pytest {options}",
+        "```",
+        "",
+        f"on {datetime.date.today()}, {device}, torch {torch.__version__}.",
+    ]
+    lines += ["", "| test | tried | skipped | seconds |", "| --- | ---: | ---: | ---: |"]
+    lines += [f"| {name} | {tried[name]} | {skipped[name]} | {seconds[name]:.1f} |" for name in seconds]
+    lines += ["", "## Failures", "", *(failures or ["None."])]
+    Path(config.getoption("--report")).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
@@ -37,14 +82,8 @@ def _same_numbers_and_settings():
 @pytest.fixture
 def float32_sums():
     """By default cuBLAS may add the partial sums of a 16-bit GEMM in 16 bits; the bounds here are for float32 sums."""
-    matmul = torch.backends.cuda.matmul
-    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
-    before = {name: getattr(matmul, name) for name in names}
-    for name in names:
-        setattr(matmul, name, False)
-    yield
-    for name, value in before.items():
-        setattr(matmul, name, value)
+    with settings("highest"):
+        yield
 
 
 @pytest.fixture

@@ -1,17 +1,18 @@
-"""The layer in extended precision, and how far a right implementation may be from it.
+"""The layer in float64, and how far a right implementation may be from it: the only place for error bounds.
 
-u is the unit roundoff of the arithmetic (float32 for 16-bit storage: products and sums of a GEMM, and the epilogue,
-are float32 there), v that of the storage; both 2^-p. Everything here is a NumPy longdouble (80 bits on x86-64), so that
-float64 is tested like the others.
+u is the unit roundoff of the arithmetic: 2^-24 (float32, which 16-bit storage is computed in, too) or 2^-53.
 """
 
-import numpy as np
+from dataclasses import dataclass
+
 import torch
+from torch import nn
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 
 _UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-_SMALLEST = {torch.float64: 2.0**-1074, torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
+SMALLEST = {torch.float64: 2.0**-1074, torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
 
 
 def compute_roundoff(dtype):
@@ -20,94 +21,246 @@ def compute_roundoff(dtype):
 
 def storage_roundoff(dtype):
     """Relative error of the one rounding to 16-bit storage; 0 where storage and arithmetic have one type."""
-    return _UNIT_ROUNDOFF[dtype] if dtype in (torch.float16, torch.bfloat16) else 0.0
+    return _UNIT_ROUNDOFF[dtype] if dtype in SIXTEEN_BIT else 0.0
 
 
-def wide(t):
-    return t.detach().cpu().double().numpy().astype(np.longdouble)
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a matrix product A·Bᵀ + c (A [M, K], B [N, K], c [N]) is computed, and so how far it may be off.
 
+    kernel: a name from select_kernel. correlated: whether the numbers may round alike, as equal ones do.
 
-def sum_error(terms, dtype):
-    """Relative to the sum of magnitudes, the error of a sum of `terms` products, in whatever order.
+    Relative to |A|·|B|ᵀ:
 
-    terms·u is the classical bound; λ√terms·u, λ = 4, the probabilistic one (Higham and Mary, 2019), which is smaller
-    beyond 16 terms. 16-bit GEMMs on tensor cores truncate instead of rounding: 2u a step, always in one direction.
+    - The numbers that are multiplied. As they are: no error. "fp16x3": as hi + lo, each to 2^-23, and lo·lo, at most
+      2^-22, left out: 2^-21. "fp16x1" and "fp16x1_staged": rounded to 11 bits, 2^-11 each. TF32 (the library at 'high'
+      and 'medium'): 11 bits, rounded or cut off, which is not documented: 2^-10 each. bfloat16 (the CPU at 'medium'): 8
+      bits, 2^-8 each. Products of two such errors are small beside them: a hundredth more.
+    - The additions of t terms, relative to |A|·|B|ᵀ + |c|. In float32 and float64: min(t, 8√t)·u, where t·u is certain
+      and λ√t·u, λ = 8, fails for one element in 10^13 if roundings are independent (Higham and Mary, 2019); t·u where
+      they are not. cuBLAS on tensor cores, which cut off: 2u a term. Our kernels: 2u for every wgmma of 16 k, and what
+      is added behind them. "fp16x3": of a block of 64 k four wgmmas meet a large accumulator, the eight small ones
+      before them and the factor 1 + 2^-23 make less than a fifth; then the blocks' sums, those of up to 4 parts of K,
+      and c, rounded. The float64 reference's own sum comes on top.
+
+    and in absolute terms:
+
+    - "fp16x3", where lo is denormal: 2^-25 when the largest is in [2^14, 2^15), so 2^-39 of the largest number of the
+      row of A, or of the row and block of 64 k of B, for each number of the other; and totals are kept in the unit of
+      A's row, whose smallest is 2^-149·2^-14 of the largest number. "fp16x1": the largest of a row of A is in
+      [2^14, 2^15), of a row of B at least 2^12: 2^-39 and 2^-37 of them.
+    - Denormals. float32 at 'highest', float64 and float16: rounded to them, half the smallest a term. The rest (TF32,
+      bfloat16; CPU instructions for both do so) may take any of size below 2^-126 for zero.
     """
-    u = compute_roundoff(dtype)
-    if dtype in (torch.float16, torch.bfloat16):
-        return 2 * terms * u
-    return min(terms, 4 * terms**0.5) * u
+
+    dtype: torch.dtype
+    kernel: str
+    precision: str
+    correlated: bool = False
+
+    def _rounded(self, terms, u):
+        return u * (terms if self.correlated else min(terms, 8 * terms**0.5))
+
+    def _of_operands(self):
+        if self.kernel == "fp16x3":
+            bits = 2.0**-22
+        elif self.kernel.startswith("fp16x1"):
+            bits = 2.0**-11
+        elif self.dtype != torch.float32 or self.precision == "highest":
+            return 0.0
+        else:
+            bits = 2.0**-8 if self.kernel == "cpu" and self.precision == "medium" else 2.0**-10
+        return 2 * bits * 1.01
+
+    def _of_sum(self, k, with_c):
+        u, terms = compute_roundoff(self.dtype), k + with_c
+        reference = self._rounded(terms, 2.0**-53)
+        if self.kernel == "fp16x3":
+            return 5 * 2 * u + self._rounded(-(-k // 64) + 8 + with_c, u) + reference
+        if self.kernel == "wgmma16" or self.kernel.startswith("fp16x1"):
+            return (-(-k // 16) + 8) * 2 * u + reference
+        if self.dtype in SIXTEEN_BIT or (self.dtype == torch.float32 and self.precision != "highest"):
+            return 2 * terms * u + reference
+        return self._rounded(terms, u) + reference
+
+    def _floor(self, a, b):
+        """[M, N], or something that broadcasts to it; of absolute values a [M, K] and b [N, K]."""
+        k = a.shape[1]
+        if k == 0:
+            return 0.0
+        rows, columns = a.sum(1)[:, None], b.sum(1)
+        largest = a.amax(1)[:, None]
+        if self.kernel == "fp16x3":
+            padding = (0, -k % 64)
+            blocks_a, blocks_b = (nn.functional.pad(t, padding).unflatten(1, (-1, 64)) for t in (a, b))
+            floor = 2.0**-39 * (largest * columns + blocks_a.sum(2) @ blocks_b.amax(2).T)
+            return floor + (k // 64 + 10) * (2.0**-149 + 2.0**-163 * largest)
+        if self.dtype == torch.float16 or (self.dtype != torch.bfloat16 and self._of_operands() == 0):
+            return k * SMALLEST[torch.float64 if self.dtype == torch.float64 else torch.float32]
+        floor = 2.0**-126 * (rows + columns + 2 * k)
+        if self.kernel.startswith("fp16x1"):
+            floor = floor + 2.0**-39 * largest * columns + 2.0**-37 * rows * b.amax(1)
+        return floor
+
+    def product_bound(self, a, b, c=None, a_bound=None):
+        """For A·Bᵀ + c, float64 [M, N], where A itself is known to `a_bound`; before any rounding to 16 bits."""
+        magnitude, bound = a.abs() @ b.abs().T, self._floor(a.abs(), b.abs())
+        if a_bound is not None:
+            moved = a_bound @ b.abs().T
+            magnitude, bound = magnitude + moved, bound + moved
+        bound = bound + self._of_operands() * magnitude
+        magnitude = magnitude if c is None else magnitude + c.abs()
+        return bound + self._of_sum(a.shape[1], c is not None) * magnitude
+
+    def stored(self, exact, bound):
+        """The bound after one rounding to the storage type."""
+        return bound + storage_roundoff(self.dtype) * (exact.abs() + bound) + SMALLEST[self.dtype]
 
 
-class Layer:
-    """z and out of the layer on the given tensors, exact for our purposes, with bounds on the error of each.
+OURS = {  # the kernels of kernels.cu that may serve, by dtype and precision
+    (torch.float32, "highest"): ("fp16x3",),
+    **{(torch.float32, precision): ("fp16x1", "fp16x1_staged") for precision in ("high", "medium")},
+    **{(dtype, precision): ("wgmma16",) for dtype in SIXTEEN_BIT for precision in ("highest", "high", "medium")},
+}
 
-    z_bound    GEMM and bias: sum_error(K + 1)·(|x|·|W|ᵀ + |b|), and one rounding to 16 bits; where cuBLAS adds the bias
-               in a step of its own (sizes or strides not in multiples of 16 bytes) also one of the product.
-    out_bound  what z's error becomes, (1 + |s|/4)·z_bound, as σ' ≤ 1/4; σ to 8u relative (exp 2 ulp, add, reciprocal
-               1 ulp), times s, added: 10u·|s|·σ + u·|out|; one rounding to 16 bits.
+
+def ways_of(x, kernel=None, correlated=False):
+    """[Arithmetic] by which a product with x may be computed at PyTorch's present precision: by one kernel, or by
+    whichever may serve.
+    """
+    precision = torch.get_float32_matmul_precision()
+    names = [kernel] if kernel else ["library", *OURS.get((x.dtype, precision), ())] if x.is_cuda else ["cpu"]
+    return [Arithmetic(x.dtype, name, precision, correlated) for name in names]
+
+
+def _most(bounds):
+    return torch.stack(list(bounds)).amax(0)
+
+
+class Expected:
+    """z and out of the layer in float64 on the tensors' device, with bounds, and gradients for a gradient of out.
+
+    x [..., K], weight [N, K], bias [N], finite; `ways`: [Arithmetic], one of which computes x·Wᵀ + b; default: any.
+    z      Arithmetic's bound. In 16 bits z is rounded, and before it, where the library adds the bias in a step of its
+           own, the product; "wgmma16" keeps z in float32 unless it is wanted, by the caller or for a gradient.
+    out    what z's error becomes, (1 + |s|/4)·z_bound, as σ' ≤ 1/4; σ to 8u relative (exp 2 ulp, add, reciprocal
+           1 ulp), times s, added: 10u·|s|·σ + u·|out|; in 16 bits exp(-z) is off by |z|·2u more; one rounding.
     """
 
-    def __init__(self, x, weight, bias, scale):
-        self.dtype, self.scale = x.dtype, np.longdouble(scale)
-        self.x, self.weight, self.bias = wide(x), wide(weight), wide(bias)
-        self.u, self.v = compute_roundoff(x.dtype), storage_roundoff(x.dtype)
-        self.tiny = np.longdouble(_SMALLEST[x.dtype])
-        product = self.x @ self.weight.T
-        self.z = product + self.bias
-        magnitude = np.abs(self.x) @ np.abs(self.weight).T + np.abs(self.bias)
-        self.z_bound = sum_error(self.x.shape[-1] + 1, x.dtype) * magnitude
-        self.z_bound += self.v * (np.abs(product) + np.abs(self.z) + self.z_bound) + self.tiny
-        self.sigmoid = 1 / (1 + np.exp(-self.z))
-        self.out = self.z + self.scale * self.sigmoid
-        epilogue = 10 * self.u * abs(self.scale) * self.sigmoid + self.u * np.abs(self.out)
-        self.out_bound = (1 + abs(self.scale) / 4) * self.z_bound + epilogue
-        self.out_bound += self.v * (np.abs(self.out) + self.out_bound) + self.tiny
+    def __init__(self, x, weight, bias, scale, ways=None, with_z=True):
+        self.ways = ways or ways_of(x)
+        self.scale, self.shape, self.dtype = scale, (*x.shape[:-1], len(weight)), x.dtype
+        self.x = x.detach().double().reshape(x.shape[:-1].numel(), x.shape[-1])
+        self.weight, bias = weight.detach().double(), bias.detach().double()
+        product, u = self.x @ self.weight.T, compute_roundoff(x.dtype)
+        self.z = product + bias
+        bounds = [(way, way.product_bound(self.x, self.weight, bias)) for way in self.ways]
+
+        def bound_of_z(way, bound, keeps_float32):
+            if way.kernel == "wgmma16":
+                return bound if keeps_float32 else way.stored(self.z, bound)
+            return way.stored(self.z, way.stored(product, bound))
+
+        self.z_bound = _most(bound_of_z(*pair, keeps_float32=False) for pair in bounds)
+        self.sigmoid = torch.sigmoid(self.z)
+        self.out = self.z + scale * self.sigmoid
+        of_sigmoid = 10 + (2 * self.z.abs() * (1 - self.sigmoid) if x.dtype in SIXTEEN_BIT else 0)
+        epilogue = of_sigmoid * u * abs(scale) * self.sigmoid + u * self.out.abs()
+        before = _most(bound_of_z(*pair, keeps_float32=not with_z) for pair in bounds)
+        self.out_bound = self.ways[0].stored(self.out, (1 + abs(scale) / 4) * before + epilogue)
+
+    def good(self, out):
+        """For each element of a tensor [..., N], whether it is this layer's: bool [M, N]."""
+        return within(out.detach().reshape(self.out.shape), self.out, self.out_bound, self.z.abs() + self.z_bound)
+
+    def check(self, out, z=None, what=""):
+        """Asserts that a tensor is this layer's output, and another its z."""
+        for name, actual, exact, bound in (("out", out, self.out, self.out_bound), ("z", z, self.z, self.z_bound)):
+            if actual is not None:
+                assert actual.shape == self.shape, f"{name}: shape {list(actual.shape)}, expected {list(self.shape)}"
+                assert actual.dtype == self.dtype, f"{name}: {actual.dtype}"
+                actual = actual.detach().reshape(exact.shape)
+                good = within(actual, exact, bound, self.z.abs() + self.z_bound)
+                assert_good(good, actual, exact, bound, f"{name} {what}".strip())
 
     def gradients(self, grad):
-        """((dx, its bound), (dW, its bound), (db, its bound)) for a gradient `grad` of out.
+        """[(name, gradient, its bound)] of x, W and b for a gradient `grad` of out.
 
         dz = grad·(1 + sσ(1 − σ)): |d²out/dz²| ≤ |s|/10 turns z_bound into an error of dz, the rest is a few roundings.
-        dx = dz·W and dW = dzᵀ·x are GEMMs over N and over the M rows; db a sum over the rows.
+        dx = dz·W and dW = dzᵀ·x, over N and over the M rows, are the library's, or in float32 at 'highest' those of
+        "fp16x3": either. db is a sum over the rows.
         """
-        grad, x = wide(grad).reshape(-1, self.z.shape[-1]), self.x.reshape(-1, self.x.shape[-1])
-        z_bound, sigmoid = self.z_bound.reshape(grad.shape), self.sigmoid.reshape(grad.shape)
-        derivative = 1 + self.scale * sigmoid * (1 - sigmoid)
-        dz = grad * derivative
-        dz_bound = np.abs(grad) * (abs(self.scale) / 10 * z_bound + 20 * self.u * (1 + abs(self.scale) / 4))
-        dz_bound += self.v * (np.abs(dz) + dz_bound) + self.tiny
+        way = self.ways[0]
+        grad = grad.detach().double().reshape(self.z.shape)
+        dz = grad * (1 + self.scale * self.sigmoid * (1 - self.sigmoid))
+        roundings = 20 * compute_roundoff(self.dtype) * (1 + abs(self.scale) / 4)
+        dz_bound = way.stored(dz, grad.abs() * (abs(self.scale) / 10 * self.z_bound + roundings))
+        kernels = ["cpu" if way.kernel == "cpu" else "library"]
+        if kernels == ["library"] and self.dtype == torch.float32 and way.precision == "highest":
+            kernels.append("fp16x3")
+        products = [Arithmetic(self.dtype, kernel, way.precision, way.correlated) for kernel in kernels]
+        a_sum = [Arithmetic(self.dtype, "cpu", "highest", way.correlated)]  # no product: its terms are what they are
+        found = []
+        for name, left, left_bound, right, ways in (
+            ("dx", dz, dz_bound, self.weight.T, products),
+            ("dW", dz.T, dz_bound.T, self.x.T, products),
+            ("db", dz.T, dz_bound.T, dz.new_ones(1, len(dz)), a_sum),
+        ):
+            exact = left @ right.T
+            bound = way.stored(exact, _most(w.product_bound(left, right, a_bound=left_bound) for w in ways))
+            found.append((name, exact, bound))
+        return found
 
-        def product(a, a_bound, b):  # a·b, with b exact
-            exact, moved = a @ b, a_bound @ np.abs(b)
-            bound = moved + sum_error(a.shape[-1], self.dtype) * (np.abs(a) @ np.abs(b) + moved)
-            return exact, bound + self.v * (np.abs(exact) + bound) + self.tiny
+    def check_gradients(self, grad, gradients):
+        """`gradients`: (dx, dW, db), None where one was not wanted."""
+        for (name, exact, bound), gradient in zip(self.gradients(grad), gradients):
+            if gradient is not None:
+                assert gradient.dtype == self.dtype, f"{name}: {gradient.dtype}"
+                assert_within(gradient.reshape(exact.shape), exact, bound, name)
 
-        dx, dx_bound = product(dz, dz_bound, self.weight)
-        dweight, dweight_bound = product(dz.T, dz_bound.T, x)
-        dbias, dbias_bound = product(dz.T, dz_bound.T, np.ones(len(x), np.longdouble))
-        return (
-            (dx.reshape(self.x.shape), dx_bound.reshape(self.x.shape)),
-            (dweight, dweight_bound),
-            (dbias, dbias_bound),
+
+class Layer(Expected):
+    """`Expected` of a call by whichever kernel, for comparisons in NumPy: z, out and bounds in out's shape."""
+
+    def gradients(self, grad):
+        """((dx, its bound), (dW, its bound), (db, its bound))"""
+        shapes = (*self.shape[:-1], self.x.shape[1]), self.weight.shape, self.weight.shape[:1]
+        found = super().gradients(grad)
+        return tuple(
+            tuple(t.reshape(shape).cpu().numpy() for t in pair) for shape, (_, *pair) in zip(shapes, found, strict=True)
         )
 
-    def check(self, out):
-        """Asserts that a tensor is this layer's output."""
-        assert out.dtype == self.dtype and out.shape == self.out.shape
-        assert_within(out, self.out, self.out_bound, "out")
+
+def within(actual, exact, bound, reach=0.0):
+    """|actual − exact| ≤ bound, elementwise; false for NaN.
+
+    Inf of the right sign is good where the exact value, or what comes before it (`reach`, absolute), may be beyond the
+    type's largest number.
+    """
+    largest = torch.finfo(actual.dtype).max
+    error = (actual.double() - exact).abs()
+    overflowed = actual.isinf() & (actual.sign() == exact.sign())
+    return (error <= bound) | (overflowed & ((exact.abs() + bound).clamp_min(reach) >= largest))
 
 
-def assert_within(actual, expected, bound, what):
-    """Asserts |actual − expected| ≤ bound, element by element; a NaN fails."""
-    error = np.abs(wide(actual) - expected)
-    assert error.shape == bound.shape, f"{what}: shape {error.shape}, expected {bound.shape}"
-    good = error <= bound
+def assert_good(good, actual, exact, bound, what):
     if not good.all():
-        at = np.unravel_index(np.argmax(np.where(good, -1, np.nan_to_num(error / bound, nan=np.inf))), error.shape)
+        error = (actual.double() - exact).abs()
+        badness = torch.where(good, -1.0, (error / bound).nan_to_num(nan=torch.inf))
+        at = tuple(int(i) for i in torch.unravel_index(badness.argmax(), exact.shape))
         raise AssertionError(
-            f"{what}: {np.count_nonzero(~good)} of {error.size} elements are outside their bound; worst at "
-            f"{tuple(map(int, at))}: {wide(actual)[at]!r}, expected {expected[at]!r} to {bound[at]:.3g}"
+            f"{what}: {(~good).sum().item()} of {good.numel()} elements are outside their bound; worst at {at}: "
+            f"{actual[at].item()!r}, expected {exact[at].item()!r} to {bound[at].item():.3g}"
         )
+
+
+def assert_within(actual, exact, bound, what):
+    """Asserts |actual − exact| ≤ bound, element by element; a NaN fails. exact, bound: tensors or NumPy arrays."""
+    actual = actual.detach()
+    exact, bound = (torch.as_tensor(t, dtype=torch.float64, device=actual.device) for t in (exact, bound))
+    exact, bound = (t.reshape(actual.shape) if t.numel() == actual.numel() else t for t in (exact, bound))
+    assert actual.shape == exact.shape, f"{what}: shape {list(actual.shape)}, expected {list(exact.shape)}"
+    assert_good(within(actual, exact, bound), actual, exact, bound, what)
 
 
 def random_arguments(shape, n, dtype, device, scale=2.0):
@@ -117,6 +270,11 @@ def random_arguments(shape, n, dtype, device, scale=2.0):
     weight = torch.randn(n, k, dtype=torch.float64) / max(k, 1) ** 0.5
     bias = torch.randn(n, dtype=torch.float64)
     return *(t.to(device=device, dtype=dtype) for t in (x, weight, bias)), scale
+
+
+def eager(x, weight, bias, scale):
+    z = nn.functional.linear(x, weight, bias)
+    return torch.sigmoid(z) * scale + z
 
 
 def peak_bytes(function):

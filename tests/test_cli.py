@@ -66,16 +66,7 @@ def test_help(capsys):
         main(["--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    options = (
-        "--shape M,K,N",
-        "--dtype",
-        "--precision",
-        "--json FILE",
-        "--export FILE",
-        "--build ARCH",
-        "1024,8192,8192",
-    )
-    for option in options:
+    for option in ("--shape M,K,N", "--dtype", "--precision", "--json FILE", "--export FILE", "--build ARCH"):
         assert option in printed
 
 
@@ -105,11 +96,15 @@ def test_bad_arguments_exit_with_2(arguments, capsys):
     [lambda out: out + 1e-2, lambda out: out * float("nan"), lambda out: out.where(out < out.max(), torch.inf)],
     ids=["off by 0.01", "NaN", "one Inf"],
 )
-def test_a_wrong_operator_is_noticed(wrong, without_compile, monkeypatch, capsys):
-    right = model_new.ModelNew.forward
-    monkeypatch.setattr(model_new.ModelNew, "forward", lambda self, x: wrong(right(self, x)))
+@pytest.mark.parametrize("kinds", [["ModelNew"], ["Model", "ModelNew"]], ids=" and ".join)
+def test_a_wrong_operator_is_noticed(wrong, kinds, without_compile, monkeypatch, capsys):
+    """By Model, and where Model itself is as wrong, by float64."""
+    for kind in kinds:
+        right = getattr(model_new, kind).forward
+        monkeypatch.setattr(getattr(model_new, kind), "forward", lambda self, x, right=right: wrong(right(self, x)))
     assert main(SMALL) == 1
-    assert "FAIL ModelNew is Model" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "FAIL ModelNew is float64" in printed and ("FAIL ModelNew is Model" in printed or len(kinds) == 2)
 
 
 def test_other_weights_are_noticed(without_compile, monkeypatch, capsys):

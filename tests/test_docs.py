@@ -1,4 +1,4 @@
-"""README.md and docs/*.md: links lead somewhere, examples run, and the files, options and names they mention exist."""
+"""README.md and docs/*.md: links lead somewhere, examples run, and excerpts of kernels.cu are in it."""
 
 import re
 import subprocess
@@ -10,18 +10,16 @@ from urllib.parse import unquote
 import pytest
 import torch
 
-import model_new
-
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-README = DOCUMENTS[0].read_text(encoding="utf-8")
 FENCED = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```\s*$", re.MULTILINE | re.DOTALL)
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
 
-def blocks(document, language):
-    return [dedent(text) for kind, text in FENCED.findall(document.read_text(encoding="utf-8")) if kind == language]
+def blocks(language):
+    texts = [document.read_text(encoding="utf-8") for document in DOCUMENTS]
+    return [dedent(code) for text in texts for kind, code in FENCED.findall(text) if kind == language]
 
 
 def prose(document):
@@ -50,10 +48,7 @@ def test_links_and_images_lead_somewhere(document):
     assert not broken
 
 
-EXAMPLES = [code for document in DOCUMENTS for code in blocks(document, "python")]
-
-
-@pytest.mark.parametrize("code", EXAMPLES, ids="example".format)
+@pytest.mark.parametrize("code", blocks("python"), ids="example".format)
 def test_python_examples_run(code):
     """Each in a process of its own, in the repository's root. Where the GPU it needs is missing: that it is Python."""
     compile(code, "example", "exec")
@@ -63,39 +58,28 @@ def test_python_examples_run(code):
     assert result.returncode == 0, result.stderr
 
 
-@each_document
-def test_commands_name_scripts_and_options_that_exist(document):
-    """In sh blocks and in `script.py --option`: each script, and each --option that follows one (not a shell's $x)."""
-    code = [part.replace("\n", " ") for part in re.findall(r"`([^`]+\.py\s--[^`]+)`", prose(document))]
-    shell = "\n".join([*blocks(document, "sh"), *code]).replace("\\\n", " ")
-    unknown = []
-    for command in re.split(r"[\n;&|]+", shell):
-        source, previous = None, ""
-        for word in re.findall(r"[^\s'\"()]+", command.partition(" #")[0]):
-            if word.endswith(".py") and "$" not in word and previous != "--export":  # which names a file to write
-                path = next((path for path in (ROOT / word, ROOT / "bench" / word) if path.is_file()), None)
-                source = path and path.read_text(encoding="utf-8")
-                unknown += [] if path else [word]
-            elif source and re.match("--(?!help$)", word) and f'"{word.partition("=")[0]}"' not in source:
-                unknown.append(f"{command.strip()}: {word}")
-            previous = word
-    assert not unknown
+def find_excerpt(excerpt, source):
+    """The part of an excerpt, between lines `...`, that is not in the source in this order; None where all are."""
+
+    def lines(text):
+        return [line.strip() for line in text.splitlines() if line.strip()]
+
+    rest = lines(source)
+    for part in re.split(r"^ *(?://)? *\.\.\. *$", excerpt, flags=re.MULTILINE):
+        part = lines(part)
+        at = next((i for i in range(len(rest) - len(part) + 1) if rest[i : i + len(part)] == part), None)
+        if at is None:
+            return "\n".join(part)
+        rest = rest[at + len(part) :]
+    return None
 
 
-def test_names_of_model_new_exist():
-    """Imports in examples, `Model...` and `some_call(...)` in the text; the table of kernels is select_kernel's."""
-    names = set(re.findall(r"`(Model\w*|[a-z]\w*_\w+(?=\([^`]*\)`))", prose(DOCUMENTS[0])))
-    for line in re.findall(r"^from model_new import (.+)$", README, re.MULTILINE):
-        names |= set(re.findall(r"\w+", line.partition("#")[0]))
-    assert names and not [name for name in names if not hasattr(model_new, name)]
-    kernels = set(re.findall(r'^ *"(\w+)" ', model_new.select_kernel.__doc__, re.MULTILINE))
-    assert kernels in [set(re.findall(r"^\| *`(\w+)` *\|", part, re.MULTILINE)) for part in README.split("\n\n")]
+def test_find_excerpt():
+    source = "a {\n  b;\n  c;\n}\nd {\n  b;\n}\n"
+    assert find_excerpt("  b;\n  c;\n", source) is None and find_excerpt("b;\n...\nd {", source) is None
+    assert find_excerpt("b;\nd {\n", source) == "b;\nd {" and find_excerpt("d {\n  // ...\nc;", source) == "c;"
 
 
-def test_layout_lists_what_exists():
-    """The first word of each line, and after a folder/ the files in it that the line names."""
-    listing = README.partition("\n## Layout\n")[2].partition("\n## ")[0]
-    paths = []
-    for name, text in re.findall(r"^ {4}(\S+)(.*)$", listing, re.MULTILINE):
-        paths += [name, *(name + file for file in re.findall(r"\w+\.[a-z]+\b", text) if name.endswith("/"))]
-    assert paths and not [path for path in paths if not (ROOT / path).exists()]
+@pytest.mark.parametrize("excerpt", blocks("cuda"), ids="excerpt".format)
+def test_excerpts_are_in_kernels_cu(excerpt):
+    assert find_excerpt(excerpt, (ROOT / "kernels.cu").read_text(encoding="utf-8")) is None

@@ -1,10 +1,14 @@
-"""The kernels for Hopper, the tiles that kernels.cu has of each, and shapes for which they are chosen."""
+"""The kernels for Hopper, the tiles that kernels.cu has of each, shapes for which they serve, and calls of a tile."""
 
 import itertools
 
+import pytest
 import torch
 
 import model_new
+
+is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+needs_hopper = pytest.mark.skipif(not is_hopper, reason="needs a GPU of compute capability 9.0")
 
 # kernel, dtype
 FLOAT32_KINDS = [(kernel, torch.float32) for kernel in ("fp16x3", "fp16x1", "fp16x1_staged")]
@@ -41,6 +45,11 @@ def a_shape_of(kernel):
     raise AssertionError(f"none of the shapes tried is served by {kernel}")
 
 
-def scratch_bytes(kernel, m, n, k):
-    """Of memory that a kernel needs for one call."""
-    return model_new._cuda.linear_hopper_scratch(m, n, k, model_new._CONVERSIONS[kernel])
+def by_tile(tile, x, weight, bias, scale=2.0, with_z=False):
+    """out, or (out, z), of the fused kernel in this tile, whatever the size and whatever would be selected.
+
+    Tests reach a tile only through this function. x, weight and bias of any layout: rows are prepared as for a call.
+    RuntimeError for a tile that there is not.
+    """
+    out, z = model_new._hopper_cuda(tile, x, weight, bias, scale, with_z=with_z)
+    return (out, z) if with_z else out
