@@ -23,7 +23,8 @@ ROUNDS, PRODUCTS, BLOCK_FLOP = 4000, 24, 2 * 128 * 128 * 16  # of a launch, of a
 KERNEL = r"""
 // In shared memory: W, 64 rows for each of two warpgroups, then three panels of 128 rows of x, all of them 64 k long.
 constexpr int kShared = 4 * 128 * 128;
-template <typename Element> __global__ void __launch_bounds__(256, 1) products(const uint4* from, float* to, int rounds) {
+template <typename Element>
+__global__ void __launch_bounds__(256, 1) products(const uint4* from, float* to, int rounds) {
 #ifdef HAS_SM90A
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   for (int i = threadIdx.x; i < kShared / 16; i += 256) reinterpret_cast<uint4*>(shared_memory)[i] = from[i];
@@ -61,7 +62,13 @@ def build(folder):
     assert found
     source, library = Path(folder, "ceiling.cu"), Path(folder, "ceiling.so")
     source.write_text(wrappers + KERNEL.replace("PRODUCTS", str(PRODUCTS)), encoding="utf-8")
-    nvcc = [f"{model_new.find_cuda_home(['90a'])}/bin/nvcc", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-shared", "-w"]
+    nvcc = [
+        f"{model_new.find_cuda_home(['90a'])}/bin/nvcc",
+        "-O3",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-shared",
+        "-w",
+    ]
     subprocess.run([*nvcc, "-cudart=none", "-Xcompiler=-fPIC", "-o", library, source], check=True)
     return ctypes.CDLL(library)
 

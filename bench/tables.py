@@ -104,7 +104,9 @@ def summary(results):
     rows = [row for row in results if row["section"].startswith("time")]
     eager = {kind(row): row for row in rows if row["name"] == "eager"}
     full = [row for row in rows if kind(row) == "float32, 'highest'"]
-    triton = [row for row in full if row["name"].startswith("Triton") and row["error_frobenius"] <= full[0]["error_frobenius"]]
+    triton = [
+        row for row in full if row["name"].startswith("Triton") and row["error_frobenius"] <= full[0]["error_frobenius"]
+    ]
     chosen = [row for row in full if row["name"] in ("eager", "torch.compile")]
     chosen += sorted(triton, key=lambda row: row["ms"])[:1]
     ours = {kind(row): row for row in rows if row["name"] == "ModelNew"}
