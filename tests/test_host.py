@@ -102,6 +102,15 @@ def test_any_layout(tile, layout, k, host):
 
 
 @each_tile
+def test_aligned_rows_with_numbers_behind_them(tile, host):
+    """Where a kernel wants zeros, up to a multiple of 16 bytes."""
+    x, weight, bias, scale = random_arguments((24, 40), 56, torch.float32, "cpu")
+    x, weight = x[:, :37], weight[:, :37]
+    with host.served_by(*tile):
+        torch.testing.assert_close(host.layer(x, weight, bias, scale), eager(x, weight, bias, scale))
+
+
+@each_tile
 def test_without_a_bias(tile, host):
     x, weight, _, scale = random_arguments((24, 40), 56, torch.float32, "cpu")
     leaves = [x.requires_grad_(), weight.requires_grad_()]
