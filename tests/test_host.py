@@ -102,6 +102,15 @@ def test_any_layout(tile, layout, k, host):
 
 
 @each_tile
+def test_aligned_rows_with_numbers_behind_them(tile, host):
+    """Where a kernel wants zeros, up to a multiple of 16 bytes."""
+    x, weight, bias, scale = random_arguments((24, 40), 56, torch.float32, "cpu")
+    x, weight = x[:, :37], weight[:, :37]
+    with host.served_by(*tile):
+        torch.testing.assert_close(host.layer(x, weight, bias, scale), eager(x, weight, bias, scale))
+
+
+@each_tile
 def test_without_a_bias(tile, host):
     x, weight, _, scale = random_arguments((24, 40), 56, torch.float32, "cpu")
     leaves = [x.requires_grad_(), weight.requires_grad_()]
@@ -126,13 +135,14 @@ def test_any_layout_in_16_bits(layout, dtype, k, host):
 
 
 @pytest.mark.parametrize("b_layout", ["rows", "wider", "transposed", "unaligned"])
-@pytest.mark.parametrize("a_layout", ["rows", "wider", "transposed", "3-d"])
+@pytest.mark.parametrize("a_layout", ["rows", "wider", "wider, aligned", "transposed", "3-d"])
 @pytest.mark.parametrize("k", [64, 37])
 def test_matmul_of_any_layout(a_layout, b_layout, k, host):
     a, b = torch.randn(24, k), torch.randn(k, 56)
     a = {
         "rows": a,
         "wider": torch.randn(24, k + 3)[:, 1 : 1 + k],
+        "wider, aligned": torch.randn(24, k // 4 * 4 + 4)[:, :k],  # with numbers where a kernel wants zeros
         "transposed": a.t().contiguous().t(),
         "3-d": a[None],
     }[a_layout]
