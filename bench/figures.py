@@ -1,4 +1,4 @@
-"""Draws error-against-time.svg, ladder.svg and grid.svg in docs/figures/ from bench/results/. Needs matplotlib.
+"""Draws the figures of docs/figures/ that show results, from bench/results/. Needs matplotlib.
 
     python bench/figures.py                    from bench/results/nvidia-h200.json, nvidia-h200-grid.json, ladder.json
     python bench/figures.py --output FOLDER    elsewhere than in docs/figures
@@ -11,29 +11,28 @@ import io
 import itertools
 import math
 import sys
+import textwrap
 from pathlib import Path
 
-from tables import ROOT, companion, grid_panels, label, read, results_path
+from tables import LADDER, ROOT, companion, grid_panels, kind, read, results_path
 
 try:
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
-    from matplotlib.transforms import Bbox
 except ImportError:
     sys.exit("bench/figures.py needs matplotlib: pip install -e '.[bench]'")
 
-YARDSTICK = "cuBLAS fp16, float32 output"
-LONG_LABEL = 60  # characters
-POWER_LIMIT_MS = 0.491  # three fp16 products of the reference shape: docs/OPTIMIZATIONS.md, section 3
-# Each to be read on white and on GitHub's dark background: no background is drawn.
-TEXT, GRID, BLUE, ORANGE, GREEN = "#7d8590", "#7d859040", "#2f81f7", "#d4651a", "#269642"
-INK = "#0d1117"  # on the grid's cells, which are opaque: its contrast is at least 4.5 on each of their colours
+# Of an H200, as docs/OPTIMIZATIONS.md, "Roofline", says: FLOP/s of the tensor cores, bytes/s of a copy.
+CEILING, BANDWIDTH = 840e12, 4.28e12
+PRODUCTS_MS = 3 * 2 * 1024 * 8192 * 8192 / CEILING * 1e3
+# On white, which is drawn: no colour has a contrast of 4.5 on both white and a dark page.
+TEXT, GRID, BLUE, ORANGE, GREEN = "#57606a", "#d0d7de", "#0550ae", "#953800", "#116329"
+INK = "#0d1117"  # on the grid's cells: its contrast is at least 4.5 on each of their colours
 SPEEDUPS = 4.0  # the colours of the grid end at this speedup and its inverse; they are 33, so that 1 is within one
-COLORS = LinearSegmentedColormap.from_list("speedup", (ORANGE, "#dfe3e8", BLUE), N=33)
+COLORS = LinearSegmentedColormap.from_list("speedup", ("#d4651a", "#dfe3e8", "#2f81f7"), N=33)
 CORNERS = ("◥", 1, -1), ("◤", -1, -1), ("◢", 1, 1), ("◣", -1, 1)  # of a cell: what tells its kernel; x and y's signs
 STYLE = {
     "svg.fonttype": "none",
@@ -50,146 +49,125 @@ STYLE = {
 }
 
 
-def name_of(row):
-    text = label(row).removesuffix(" *").replace(", float32 output", "")
-    return text.removesuffix(", fused epilogue") + (" (bare GEMM)" if row["error_of"] == "product" else "")
-
-
-def name_of_group(rows):
-    """The names, those of one precision together, in two lines where one would be too long."""
-    names = {}
-    both = {"torch.compile", "torch.compile, max-autotune"} <= {row["name"] for row in rows}
-    for row in rows:
-        if both and row["name"] == "torch.compile, max-autotune":
-            continue
-        precision = f"'{row['precision']}'" if row["dtype"] == "float32" else row["dtype"]
-        name = name_of(row) + (" (with max-autotune, too)" if both and row["name"] == "torch.compile" else "")
-        names.setdefault("" if precision == "'highest'" else f", {precision}", []).append(name)
-    for suffix, of in names.items():
-        of[-1] += suffix
-    names = [name for of in names.values() for name in of]
-    half = (len(names) + 1) // 2 if sum(map(len, names)) > LONG_LABEL else len(names)
-    return ",\n".join(", ".join(part) for part in (names[:half], names[half:]) if part)
-
-
-def beside(axes, text, x, y, color, left=False, gap=9, **style):
-    position = {"xytext": (-gap if left else gap, 0), "textcoords": "offset points", "ha": "right" if left else "left"}
+def beside(axes, text, x, y, color, left=False, gap=9, dy=0, **style):
+    position = {"xytext": (-gap if left else gap, dy), "textcoords": "offset points", "ha": "right" if left else "left"}
     axes.annotate(text, (x, y), va="center", color=color, **position, **style)
 
 
-def place_labels(axes, labels, points):
-    """labels: [(text, x, y, style)], each written near its point (x, y), to its left or right and as far above or below
-    as it takes to overlap neither another nor any of points, [(x, y)].
-    """
-    figure = axes.figure
-    FigureCanvasAgg(figure).draw()  # the axes have their place from here on
-    taken = [Bbox.from_bounds(*(axes.transData.transform(point) - 5), 10, 10) for point in points]
-    heights = [0, *(sign * 11 * step for step in range(1, 14) for sign in (1, -1))]  # in points
-    pixels = figure.dpi / 72
-    for text, x, y, style in labels:
-        place = {"xytext": (0, 0), "textcoords": "offset points", "va": "center", "in_layout": False}
-        written = axes.annotate(text, (x, y), **place, **style)
-        width, height = written.get_window_extent().size
-        at_x, at_y = axes.transData.transform((x, y))
-        best = None
-        for dy, is_left in itertools.product(heights, (True, False)):
-            x0 = at_x + 9 * pixels if is_left else at_x - 9 * pixels - width
-            box = Bbox.from_bounds(x0, at_y + dy * pixels - height / 2, width, height).padded(1)
-            outside = not (axes.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= axes.bbox.y1)
-            badness = outside, sum(map(box.overlaps, taken)), abs(dy)
-            if best is None or badness < best[0]:
-                best = badness, box, (9 if is_left else -9, dy), "left" if is_left else "right"
-        _, box, position, side = best
-        taken.append(box)
-        written.set(position=position, ha=side)
-        if abs(position[1]) > 11:
-            line = {"arrowstyle": "-", "color": TEXT, "lw": 0.5, "shrinkA": 0, "shrinkB": 3}
-            axes.annotate("", (x, y), position, textcoords="offset points", arrowprops=line)
-
-
-def groups(rows):
-    """Rows whose points would lie on one another; ModelNew's alone."""
-    found = []
-    for row in rows:
-        for group in found:
-            if "ModelNew" in (row["name"], group[0]["name"]):
-                continue
-            if all(abs(math.log(row[key] / group[0][key])) < 0.1 for key in ("ms", "error_frobenius")):
-                group.append(row)
-                break
-        else:
-            found.append([row])
-    return found
-
-
-def compared(results):
-    """The rows of the error-against-time figure: everything at 'highest', of the rest the layer as it can be had."""
-    rows = [row for row in results if row["section"] in ("time", "time-16bit")]
-    return [
-        row
-        for row in rows
-        if (row["section"], row["precision"]) == ("time", "highest")
-        or row["name"].startswith(("eager", "torch.compile", "ModelNew", "Triton", "JAX"))
-    ]
+LABELS = {  # name, precision or dtype: (label, whether it is to the left, points above)
+    ("eager", "float32, 'highest'"): ("eager, torch.compile", True, 0),
+    ("Triton tf32x3, fused epilogue", "float32, 'highest'"): ("Triton tf32x3", True, 0),
+    ("Triton bf16x3, fused epilogue", "float32, 'highest'"): ("Triton bf16x3", True, 0),
+    ("Triton bf16x6, fused epilogue", "float32, 'highest'"): ("Triton bf16x6", False, 0),
+    ("eager", "float32, 'high'"): ("eager 'high'", False, 0),
+    ("eager", "float16"): ("eager float16", False, 6),
+    ("eager", "bfloat16"): ("eager bfloat16", False, 6),
+    ("ModelNew", "float32, 'highest'"): ("ModelNew (fp16x3)", True, 0),
+    ("ModelNew", "float32, 'high'"): ("ModelNew 'high'", True, -7),
+    ("ModelNew", "float16"): ("ModelNew float16", True, 0),
+    ("ModelNew", "bfloat16"): ("ModelNew bfloat16", True, 0),
+}
 
 
 def error_against_time(rows):
-    figure = Figure(figsize=(8.4, 6.4), layout="constrained")
+    figure = Figure(figsize=(8.4, 4.6), layout="constrained")
     axes = figure.add_subplot(xscale="log", yscale="log")
-    labels = []
-    for group in sorted(groups(rows), key=lambda group: group[0]["name"] != "ModelNew"):
-        ours, bare = group[0]["name"] == "ModelNew", group[0]["error_of"] == "product"
-        color = BLUE if ours else TEXT
-        points = [row["ms"] for row in group], [row["error_frobenius"] for row in group]
-        axes.plot(*points, "D" if ours else "o", ms=9 if ours else 6.5, color=color, mfc="none" if bare else color)
-        ms, error = (min(values) for values in points)
-        style = {"color": color, "weight": "bold" if ours else "normal"}
-        labels.append((name_of_group(group), ms, error, style))
-    axes.set_xlim(0.08, max(3.5, 1.2 * max(row["ms"] for row in rows)))
+    for row in rows:
+        ours, (text, *place) = row["name"] == "ModelNew", LABELS[row["name"], kind(row)]
+        color, point = BLUE if ours else TEXT, (row["ms"], row["error_frobenius"])
+        axes.plot(*point, "D" if ours else "o", ms=9 if ours else 6.5, color=color)
+        beside(axes, text, *point, color, place[0], dy=place[1], weight="bold" if ours else "normal")
+    axes.set_xlim(0.075, 3.5)
     axes.set_ylim(3e-8, 1e-2)
-    ticks = (0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5, 10)
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_locator(FixedLocator((0.1, 0.2, 0.3, 0.5, 1, 2, 3)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter(lambda value, _: f"1e{round(math.log10(value))}")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(color=GRID)
-    axes.set_xlabel("time, ms (log scale)")
+    axes.set_xlabel("time in a burst, ms (log scale)")
     axes.set_ylabel("relative error against float64,\nFrobenius norm (log scale)")
-    title = "{gpu}, M, K, N = {shape}; float32 'highest' if not said; hollow: a bare GEMM's product"
-    axes.set_title(title.format(**rows[0]), fontsize=9, loc="left")
-    place_labels(axes, labels, [(row["ms"], row["error_frobenius"]) for row in rows])
+    axes.set_title("{gpu}, M, K, N = {shape}; float32 'highest' if not said".format(**rows[0]), fontsize=9, loc="left")
     return figure
 
 
-def ladder(steps, yardstick):
-    figure = Figure(figsize=(8.4, 3.9), layout="constrained")
+def time_against_m(cells):
+    """Of 8192 × 8192, float32, with the roofline."""
+    figure = Figure(figsize=(8.4, 4.2), layout="constrained")
+    axes = figure.add_subplot(xscale="log", yscale="log")
+    ms = sorted({row["shape"][0] for row in cells})
+    for name, color, mark in (("eager", TEXT, "o"), ("ModelNew", BLUE, "D")):
+        times = [next(row["ms"] for row in cells if (row["name"], row["shape"][0]) == (name, m)) for m in ms]
+        axes.plot(ms, times, color=color, marker=mark, ms=5)
+        beside(
+            axes, name, ms[-3], times[-3], color, left=name == "eager", weight="bold", dy=4 if name == "eager" else -6
+        )
+    products = [PRODUCTS_MS * m / 1024 for m in ms]
+    reading = 4 * 8192 * 8192 / BANDWIDTH * 1e3
+    turn = 1024 * reading / PRODUCTS_MS
+    axes.plot([ms[0], turn, ms[-1]], [reading, reading, products[-1]], color=GREEN, ls="--")
+    beside(axes, "reading W", ms[0], reading, GREEN, gap=2, dy=-9)
+    beside(axes, "three fp16 products", 400, PRODUCTS_MS * 400 / 1024, GREEN, dy=-6)
+    axes.set_xticks(ms, ms)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(0.03)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(color=GRID)
+    axes.set_xlabel("M, rows of x (log scale)")
+    axes.set_ylabel("time in a burst, ms (log scale)")
+    axes.set_title(
+        "{gpu}, K = N = 8192, float32 'highest'; dashed: the roofline".format(**cells[0]), fontsize=9, loc="left"
+    )
+    return figure
+
+
+def where_time_goes(ms):
+    """The call's parts one after the other; what the others leave is the rest."""
+    parts = {  # name: (ms, where its label is, in points)
+        "split\nof x": (0.017, 0, 34),
+        "three products at the sustained rate": (PRODUCTS_MS, 0, 0),
+        "last\nwave": (0.015, -14, 34),
+        "epilogues": (0.008, 0, -32),
+    }
+    parts["rest"] = ms - sum(part for part, _, _ in parts.values()), 12, 28
+    figure = Figure(figsize=(8.4, 2.1), layout="constrained")
+    axes = figure.add_subplot()
+    at = 0
+    for color, (name, (part, *place)) in zip(itertools.cycle((GREEN, BLUE, ORANGE)), parts.items()):
+        axes.barh(0, part, left=at, color=color, edgecolor="white")
+        style = {"ha": "center", "va": "center", "color": TEXT if any(place) else "white"}
+        axes.annotate(f"{name}\n{part:.3f}", (at + part / 2, 0), place, textcoords="offset points", **style)
+        at += part
+    axes.set_ylim(-1.3, 1.3)
+    axes.set_xlim(-0.012, at + 0.012)
+    axes.yaxis.set_visible(False)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel(f"ms of a call of {ms:.3f}, in a burst")
+    return figure
+
+
+def ladder(steps):
+    figure = Figure(figsize=(8.4, 2.6), layout="constrained")
     axes = figure.add_subplot()
     longest = max(step["ms"] for step in steps[1:])
     cut, end = 1.06 * longest, 1.13 * longest  # where a bar too long for the axis is broken, and where it ends
     for y, step in enumerate(steps):
-        last, broken = y == len(steps) - 1, step["ms"] > end
-        style = {"height": 0.64, "color": BLUE if last else TEXT, "alpha": 0.6}  # so that the lines show on the bars
+        broken = step["ms"] > end
+        style = {"height": 0.64, "color": BLUE if y else TEXT, "alpha": 0.6}  # so that the line shows on the bars
         axes.barh(y, cut if broken else step["ms"], **style)
         if broken:
             axes.barh(y, end - cut - 0.01, left=cut + 0.01, **style)
-        text = f"{step['ms']:.3g}" + (" (bar cut)" if broken else "")
-        beside(axes, text, min(step["ms"], end), y, style["color"], gap=4, weight="bold" if last else "normal")
-    marks = (
-        (POWER_LIMIT_MS, True, GREEN, f"three fp16 products at the power limit, {POWER_LIMIT_MS}"),
-        (3 * yardstick, False, ORANGE, f"3 × the fp16 yardstick ({yardstick:.3f}), {3 * yardstick:.3f}"),
-    )
-    for ms, left, color, text in marks:
-        axes.plot([ms, ms], [-1.2, len(steps) - 0.5], color=color, lw=1.6, ls="--")
-        beside(axes, text, ms, -0.85, color, left=left, gap=4)
-    axes.set_yticks(range(len(steps)), [f"{step['step']}. {step['what']}" for step in steps])
+        text = f"{step['ms']:.3f}" + (" (bar cut)" if broken else "")
+        beside(axes, text, min(step["ms"], end), y, style["color"], gap=4)
+    axes.plot([PRODUCTS_MS] * 2, [-1.2, len(steps) - 0.5], color=GREEN, lw=1.6, ls="--")
+    beside(axes, f"three fp16 products at the power limit, {PRODUCTS_MS:.3f}", PRODUCTS_MS, -0.85, GREEN, True, gap=4)
+    axes.set_yticks(range(len(steps)), [textwrap.fill(f"{step['step']}. {step['what']}", 42) for step in steps])
     axes.spines["left"].set_bounds(-0.5, len(steps) - 0.5)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlim(0, 1.15 * end)
+    axes.set_xlim(0, 1.25 * end)
     axes.set_ylim(len(steps) - 0.5, -1.3)
-    axes.set_xlabel("time, ms")
-    note = "Steps were measured on several occasions and compare to 2 %. Step 5 changed no time."
-    figure.supxlabel(note, x=0.995, ha="right", fontsize=7.5)
+    axes.set_xlabel("time in a burst, ms")
     return figure
 
 
@@ -244,31 +222,31 @@ def grid(rows):
 
 def write(figure, path):
     text = io.StringIO()
-    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    figure.savefig(text, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
     path.write_text("\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n", encoding="utf-8")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="bench/figures.py", description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=results_path(), metavar="FILE")
-    parser.add_argument("--ladder", type=Path, default=ROOT / "bench/results/ladder.json", metavar="FILE")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/figures", metavar="FOLDER")
     arguments = parser.parse_args(argv)
-    for path in (arguments.results, arguments.ladder):
-        if not path.is_file():
-            parser.error(f"there is no {path}")
-    steps = read(arguments.ladder)
-    rows = compared(read(arguments.results, companion(arguments.results, "high")))
+    if not arguments.results.is_file():
+        parser.error(f"there is no {arguments.results}")
+    measured = read(arguments.results, companion(arguments.results, "high"))
+    rows = [row for row in measured if row["section"].startswith("time") and (row["name"], kind(row)) in LABELS]
     cells = [row for row in read(companion(arguments.results, "grid")) if row["section"] == "grid"]
-    yardstick = next(row["ms"] for row in rows if row["name"] == YARDSTICK)
+    full = [row for row in cells if kind(row) == "float32, 'highest'" and row["shape"][1:] == [8192, 8192]]
+    (ours,) = (row["ms"] for row in rows if (row["name"], kind(row)) == ("ModelNew", "float32, 'highest'"))
     arguments.output.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         write(error_against_time(rows), arguments.output / "error-against-time.svg")
-        write(ladder(steps, yardstick), arguments.output / "ladder.svg")
+        write(where_time_goes(ours), arguments.output / "where-time-goes.svg")
+        write(ladder(read(LADDER)), arguments.output / "ladder.svg")
         if cells:
             write(grid(cells), arguments.output / "grid.svg")
-        else:
-            print(f"grid.svg not drawn: {companion(arguments.results, 'grid').name} holds no cells", file=sys.stderr)
+        if full:
+            write(time_against_m(full), arguments.output / "time-against-m.svg")
 
 
 if __name__ == "__main__":

@@ -408,16 +408,18 @@ def steady(function):
 def energy_section(arguments):
     """Sustained: calls back to back for seconds, the cache not flushed; energy is power times time. * bare GEMMs."""
     rows = []
-    for dtype in ("float32", "bfloat16") if arguments.precision == "highest" else ("float32",):
+    for dtype in ("float32", "float16", "bfloat16") if arguments.precision == "highest" else ("float32",):
         eager, new, x = problem(arguments.shape, getattr(torch, dtype))
-        layers = {"eager": functools.partial(eager, x), "ModelNew": functools.partial(new, x)}
-        functions = layers | bare_gemm(x, new.gemm.weight)
+        weight, bias = new.gemm.weight, new.gemm.bias
+        functions = pytorch_layers(eager, x) | {"ModelNew": functools.partial(new, x)} | bare_gemm(x, weight)
+        if dtype == "float32":
+            functions |= rivals.triton_layers(arguments.precision, x, weight, bias)
         values = {name: steady(function) for name, function in functions.items()}
         (of_gemm,) = (found["millijoules"] for name, found in values.items() if name in BARE_GEMMS)
         for name, found in values.items():
             found["energy_ratio"] = of_gemm and found["millijoules"] / of_gemm
             found["error_of"] = "product" if name in BARE_GEMMS else "out"
-        rows += report(arguments, "energy", values, select_kernel(x, *new.parameters()), dtype)
+        rows += report(arguments, "energy", values, select_kernel(x, weight, bias), dtype)
     return rows, True
 
 

@@ -1,4 +1,4 @@
-"""Fills the tables of README.md and docs/OPTIMIZATIONS.md from what bench/measure.py and bench/grid.py measured.
+"""Fills the tables of README.md and docs/*.md from what bench/measure.py and bench/grid.py measured, and ladder.json.
 
     python bench/tables.py             from bench/results/nvidia-h200.json, and beside it -high.json and -grid.json
     python bench/tables.py --check     writes nothing; exit status 1 where a file is not what would be written
@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("README.md", "docs/OPTIMIZATIONS.md")
+LADDER = ROOT / "bench/results/ladder.json"
+FILES = ("README.md", "docs/OPTIMIZATIONS.md", "docs/ACCURACY.md", "docs/NOTEBOOK.md")
 SLOWER = 1.02  # times eager's time: a cell of the grid to be marked
 AS_GOOD, ROUNDOFF = 1.02, 1.5e-7  # an error is as good as another up to so many times it, and up to this one
 WHERE = "{gpu}, torch {torch}, M, K, N = {shape}, {dtype}, '{precision}'"
@@ -72,23 +73,57 @@ def marked(row, cells):
     return [f"**{cell}**" for cell in cells] if row["name"] == "ModelNew" else cells
 
 
-def times(rows, full):
-    body = []
+def both(row, eager):
+    """Burst and sustained, each in ms and against eager's; a dash where a rival was not measured so."""
+    cells = []
+    for key in ("ms", "sustained"):
+        ms = row.get(key)
+        cells += [f"{ms:.3f}", f"{eager[key] / ms:.2f}×"] if ms and eager.get(key) else ["–", "–"]
+    return cells
+
+
+BOTH = ["burst, ms", "against eager", "sustained, ms", "against eager"]
+HOW = "Burst: in turns, the L2 cache flushed; sustained: back to back for seconds; medians."
+
+
+def times(rows):
+    """At one precision; 16 bits: of one dtype after the other."""
+    body, several = [], len({row["dtype"] for row in rows}) > 1
     for row in rows:
-        cells = [label(row) + " †" * bool(row.get("timing"))]
-        cells += [f"{row[key]:.3f}" for key in (("ms", "p10", "p90") if full else ("ms",))] + [f"{row['speedup']:.2f}×"]
-        cells += [f"{row['ratio_to_fp16']:.2f}"] if full else []
-        cells += [error(row["error_frobenius"]), error(row["error_componentwise"])]
-        if full or row["name"] != "cuBLAS SGEMM":
-            body.append(marked(row, cells))
-    header = ["", "ms", *(["p10", "p90"] if full else []), "against eager", *(["/ fp16"] if full else [])]
-    header += ["error, Frobenius", "componentwise"]
-    note = f"{WHERE.format(**rows[0])}; medians with the L2 cache flushed, timed in turns. Errors against float64: "
-    note += "Frobenius norm, and max error / (abs(x)·abs(W)ᵀ + abs(b) + s). * A bare GEMM: its product's error."
-    timing = next((row["timing"] for row in rows if row.get("timing")), None)
-    if timing:
-        note += f" † By the {timing}, the cache not flushed: a steady load, under which the clock may be lower."
-    return f"{table(header, body)}\n\n{note}"
+        if row.get("timing"):  # JAX has been timed back to back only
+            row = row | {"ms": None, "sustained": row["ms"]}
+        eager = next(other for other in rows if (other["name"], other["dtype"]) == ("eager", row["dtype"]))
+        cells = [*([row["dtype"]] if several else []), label(row), *both(row, eager)]
+        body.append(marked(row, [*cells, error(row["error_frobenius"])]))
+    note = WHERE.format(**rows[0]).partition(", float")[0] + f". {HOW} Errors against float64, Frobenius norm."
+    return f"{table([*[''] * several, '', *BOTH, 'error'], body)}\n\n{note} * A bare GEMM: its product's error."
+
+
+def summary(results):
+    """Six rows: what there was before, the best rival that is as accurate, and this layer."""
+    rows = [row for row in results if row["section"].startswith("time")]
+    eager = {kind(row): row for row in rows if row["name"] == "eager"}
+    full = [row for row in rows if kind(row) == "float32, 'highest'"]
+    triton = [
+        row for row in full if row["name"].startswith("Triton") and row["error_frobenius"] <= full[0]["error_frobenius"]
+    ]
+    chosen = [row for row in full if row["name"] in ("eager", "torch.compile")]
+    chosen += sorted(triton, key=lambda row: row["ms"])[:1]
+    ours = {kind(row): row for row in rows if row["name"] == "ModelNew"}
+    chosen += [ours[name] for name in ("float32, 'highest'", "float32, 'high'", "bfloat16") if name in ours]
+    body = [
+        marked(row, [label(row), kind(row), *both(row, eager[kind(row)]), error(row["error_frobenius"])])
+        for row in chosen
+    ]
+    note = WHERE.format(**full[0]).partition(", float")[0] + f". {HOW} Eager: of the same precision."
+    return f"{table(['', '', *BOTH, 'error'], body)}\n\n{note}"
+
+
+def ladder(rows):
+    def cells(row):
+        return [str(row["step"]), row["what"], f"{row['predicted']:g}" if row["predicted"] else "", f"{row['ms']:.3f}"]
+
+    return table(["step", "what changed", "predicted, ms", "ms"], map(cells, rows))
 
 
 def accuracy(rows):
@@ -109,6 +144,31 @@ def accuracy(rows):
     note += " Every call, repeated, gave the same bits." if all(row["bit_identical"] for row in rows) else ""
     note += "" if all(row["kernel"] == kernel for row in rows) else f" NOT all were computed by {kernel}."
     return f"{table(header, body)}\n\n{note}"
+
+
+GUARANTEE = (  # ten rows
+    "uniform x, Linear's init",
+    "normal·10^U(-6,6), both",
+    "rows ·10^U(-15,15), both",
+    "all positive",
+    "one 1e8 per x row, w 0 there",
+    "columns 2^0..2^-40, w inverse",
+    "cancelling halves (1e-6)",
+    "softmax(8·normal)",
+    "one-hot x",
+    "64 timestamp columns, w 0 there",
+)
+
+
+def guarantee(rows):
+    """Of slow-data, at the largest M."""
+    found = {row["name"]: row for row in rows if row["shape"][0] == max(row["shape"][0] for row in rows)}
+    body = []
+    for name in filter(found.get, GUARANTEE):
+        row = found[name]
+        errors = [error(row[key + "error_frobenius"]) for key in ("", "library_")]
+        body.append([name, *errors, f"{row['ms']:.2f}", f"{row['library_ms']:.2f}"])
+    return table(["data", "error, ours", "SGEMM", "burst, ms", "eager, ms"], body)
 
 
 def slow_data(rows):
@@ -156,18 +216,6 @@ def harness(rows):
         " overwrites 256 MB. Ahead: the GPU has a millisecond to do before the first event, the host does not count."
     )
     header = ["", "", "host", "mean, ms", "median, ms", "eager's mean / this"]
-    return f"{table(header, body)}\n\n{note.format(**rows[0])}"
-
-
-def times_16bit(rows):
-    body = []
-    for row in rows:
-        cells = [row["dtype"], label(row), f"{row['ms']:.4f}", f"{row['p10']:.4f}", f"{row['p90']:.4f}"]
-        cells += [f"{row['speedup']:.2f}×", f"{row['ratio_to_gemm']:.2f}", error(row["error_frobenius"])]
-        body.append(marked(row, cells))
-    header = ["", "", "ms", "p10", "p90", "against eager", "/ GEMM", "error, Frobenius"]
-    note = "{gpu}, torch {torch}, M, K, N = {shape}; medians with the L2 cache flushed, timed in turns. Errors against"
-    note += " float64 on the rounded inputs. * A bare GEMM of the same dtype, without bias: its product's error."
     return f"{table(header, body)}\n\n{note.format(**rows[0])}"
 
 
@@ -247,13 +295,15 @@ def grid_summary(rows):
     return f"{table(header, body)}\n\n{note.format(**rows[0])} included."
 
 
-TABLES = {  # marker: (section of the results, precision or None for all, its rows -> text)
-    "results": ("time", "highest", lambda rows: times(rows, full=False)),
-    "times": ("time", "highest", lambda rows: times(rows, full=True)),
-    "times-high": ("time", "high", lambda rows: times(rows, full=True)),
-    "times-16bit": ("time-16bit", "highest", times_16bit),
+TABLES = {  # marker: (section of the results and precision, None for all; their rows -> text)
+    "summary": (None, None, summary),
+    "times": ("time", "highest", times),
+    "times-high": ("time", "high", times),
+    "times-16bit": ("time-16bit", "highest", times),
+    "ladder": ("ladder", None, ladder),
     "accuracy": ("slow-data", "highest", accuracy),
     "accuracy-high": ("slow-data", "high", accuracy),
+    "guarantee": ("slow-data", "highest", guarantee),
     "slow-data": ("slow-data", "highest", slow_data),
     "slow-data-high": ("slow-data", "high", slow_data),
     "accuracy-grid": ("accuracy-grid", "highest", accuracy_grid),
@@ -267,23 +317,16 @@ TABLES = {  # marker: (section of the results, precision or None for all, its ro
 }
 
 
-def conditions(row):
-    """What was sampled while a table's rows were measured, as a sentence."""
-    clock, power = row["sm_clock_mhz"], row["power_w"]["median"]
-    return f" SM clock {clock['median']:.0f} MHz ({clock['min']:.0f} to {clock['max']:.0f}), power {power:.0f} W."
-
-
 def fill(text, results):
-    sampled = {(row["name"], row["precision"]): row for row in results if row["section"] == "conditions"}
+    steady = {(row["name"], kind(row)): row["ms"] for row in results if row["section"] == "energy"}
+    for row in results:
+        if row["section"].startswith("time"):
+            row["sustained"] = steady.get((row["name"], kind(row)))
     for marker, (section, precision, make) in TABLES.items():
         pattern = re.compile(rf"(?<=<!-- {marker} -->\n).*?(?=<!-- /{marker} -->)", re.DOTALL)
-        rows = [row for row in results if row["section"] == section and precision in (None, row["precision"])]
+        rows = [row for row in results if section in (None, row["section"]) and precision in (None, row["precision"])]
         if rows and pattern.search(text):
-            made = make(rows)
-            during = sampled.get((section, precision))
-            if made.endswith(".") and during and during["sm_clock_mhz"]:  # a table with a note, and nvidia-smi
-                made += conditions(during)
-            made += "\n"
+            made = make(rows) + "\n"
             text = pattern.sub(lambda _, made=made: made, text)
     return text
 
@@ -300,7 +343,7 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     if not arguments.results.is_file():
         parser.error(f"there is no {arguments.results}; bench/measure.py writes one")
-    results = read(*(companion(arguments.results, suffix) for suffix in ("", "high", "grid")))
+    results = read(*(companion(arguments.results, suffix) for suffix in ("", "high", "grid")), LADDER)
     old = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES}
     new = {name: fill(text, results) for name, text in old.items()}
     stale = [name for name in FILES if new[name] != old[name]]
