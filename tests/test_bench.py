@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from fuzz import one_thread
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,13 +68,14 @@ def measure(monkeypatch):
         "GRADIENT_SHAPES": ((8, 16, 24),),
         "SLOW_ROWS": (9, 3),
         "HOST_BLOCK": 2,
-        "HOST_CALLS": 20,
+        "HOST_CALLS": 4,
         "NETWORK_WIDTHS": (8, 16),
     }.items():
         monkeypatch.setattr(measure, name, value)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    return measure
+    with one_thread():
+        yield measure
 
 
 def rows_and_table(measure, section, marker):
