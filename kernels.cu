@@ -2846,7 +2846,7 @@ static Choice select_tile(const Product& product) {
   if (m == 0 || n == 0 || k == 0) return library;
   if (std::max({m, n, k}) > (int64_t(1) << 31) - 2048) return library;  // the kernel counts in 32 bits
   // Not measured. Few columns and a long K would leave most SMs without work.
-  if (n < 512 || n * k < 1 << 19) return library;
+  if (n < 512 || n * k < 1 << 18) return library;
   // Below K = 256 SGEMM is more accurate, and up to 512 its error is about the kernel's.
   if (precision == Precision::kFloat32 && k < 512) return library;
 

@@ -198,7 +198,7 @@ def test_a_dtype_that_all_share(dtype):
 @pytest.mark.parametrize("dtype", WRONG_DTYPES, ids=str)
 def test_a_dtype_that_no_kernel_has(dtype):
     args = (ones(*shape, dtype=dtype, device="cuda") for shape in ((2, 3), (4, 3), (4,)))
-    with pytest.raises(RuntimeError, match=f"not implemented for {dtype}"):
+    with pytest.raises(RuntimeError, match=f"not implemented for .*{dtype}"):
         linear_sigmoid_residual(*args, 2.0)
 
 

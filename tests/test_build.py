@@ -247,6 +247,7 @@ if not os.fork():
 """
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="builds for its own GPU, too")
 def test_kernels_cu_built_without_a_gpu_is_what_a_machine_with_one_imports(toolkit, cache, tmp_path):
     """The command prints the path of the library. Where NVML tells of an A100, the import loads it, compiles nothing,
     and does not initialize CUDA. (An H100's library would take six times as long to compile.)

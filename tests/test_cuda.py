@@ -188,7 +188,8 @@ def test_training_takes_no_more_memory_than_eager():
         network = nn.Sequential(*(kind(8192, 8192, 2.0) for _ in range(3))).cuda()
         peaks.append(peak_bytes(lambda network=network: step(network, x)))
         del network
-    assert peaks[1] <= peaks[0]
+    bias_gradient = 8192 * 4  # is there before the weight's; eager computes it behind that
+    assert peaks[1] <= peaks[0] + bias_gradient
 
 
 @pytest.mark.long

@@ -1,6 +1,5 @@
 """ModelNew in place of Model: parameters, seeds, state, and the functions a harness calls."""
 
-import copy
 import inspect
 
 import numpy as np
@@ -241,7 +240,7 @@ def test_a_scale_of_any_kind(scale, compiled, alike):
     for model in models:
         model.scaling_factor = SCALES[scale]
         if scale == "parameter":
-            model.scaling_factor = copy.deepcopy(SCALES[scale]).to(x.device)
+            model.scaling_factor = nn.Parameter(SCALES[scale].detach().to(x.device))
         function = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         out = function(x)
         outs.append([out, *torch.autograd.grad(out.sum(), list(model.parameters()))])

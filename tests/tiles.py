@@ -47,8 +47,9 @@ def a_shape_of(kernel):
 def by_tile(tile, x, weight, bias, scale=2.0, with_z=False):
     """out, or (out, z), of the fused kernel in this tile, whatever the size and whatever would be selected.
 
-    Tests reach a tile only through this function. x, weight and bias of any layout: rows are prepared as for a call.
-    RuntimeError for a tile that there is not.
+    Tests reach a tile only through this function. x and bias may have any layout, and rows are prepared as for a call;
+    of other W than those whose rows are contiguous no tile serves. RuntimeError for a tile that does not exist.
     """
+    assert weight.stride(1) == 1, f"no tile serves W with strides {weight.stride()}"
     out, z = bindings.fused(tile, x, weight, bias, scale, with_z)
     return (out, z) if with_z else out
