@@ -186,11 +186,12 @@ def test_accuracy_is_the_librarys_or_better(kernel):
     """On the benchmark's data at the reference shape, which is large enough for cuBLAS not to split K. "fp16x3": a
     relative Frobenius error of 1.1 times SGEMM's or 1.5e-7, whichever is larger (above 1.02 only where few of the
     numbers are not 0, for which the factor that corrects truncation is too large); no element further off than SGEMM's
-    worst, or than two fp16 numbers per operand are, beside the largest of their row or block of 64 k. "fp16x1": as
-    cuBLAS' with TF32, which rounds to 11 bits too: to 1.02 in the Frobenius norm, to 1.25 in the one worst element.
+    worst, or than two fp16 numbers per operand and that factor are, beside the largest of their row or block of 64 k.
+    "fp16x1": as cuBLAS' with TF32, which rounds to 11 bits too: to 1.02 in the Frobenius norm, to 1.25 in the one worst
+    element.
     """
     torch.set_float32_matmul_precision(PRECISIONS[kernel][1])
-    allowed, floors = ((1.1, 1.02), (1.5e-7, 2.0**-21)) if kernel == "fp16x3" else ((1.02, 1.25), (0, 0))
+    allowed, floors = ((1.1, 1.02), (1.5e-7, 2.0**-21 + 2.0**-23)) if kernel == "fp16x3" else ((1.02, 1.25), (0, 0))
     worse = []
     for data, x, weight in data_sets(1024, 8192, 8192, "cuda"):
         exact = x.double() @ weight.double().T
