@@ -1,7 +1,7 @@
 // out = z + s * sigmoid(z),  z = x * W^T + b        x [M, K]   W [N, K]   b [N]   out [M, N]
 //
 // All of the project that is compiled, in two parts, each for one compiler. nvcc compiles the device code and its C
-// interface, with nothing of PyTorch, in seconds. g++ compiles what comes behind (`#else  // __CUDACC__`): the choice
+// interface, with nothing of PyTorch, in seconds. g++ compiles what comes after (`#else  // __CUDACC__`): the choice
 // among kernels, and PyTorch's operators, which model_new.py defines, on CUDA tensors.
 //
 // Contents
@@ -16,7 +16,7 @@
 //   for g++: which kernel serves a product, operators, autograd, registration
 //
 // Which kernel serves which case is decided by `select_kernel` in the last part:
-//   "fp16x3"         float32 from three fp16 products: hopper::linear_kernel behind split_rows_kernel
+//   "fp16x3"         float32 from three fp16 products: hopper::linear_kernel after split_rows_kernel
 //   "fp16x1"         float32 from one, where TF32 is allowed, and as accurate
 //   "fp16x1_staged"  the same from a copy of W in fp16, for many rows
 //   "wgmma16"        float16 and bfloat16
@@ -37,11 +37,16 @@
 //
 // fp16x3 also exists for a W that comes transposed, as [K, N], for the backward's products.
 //
-// A kernel for another architecture would be a namespace beside hopper, with a guard of its own like HAS_SM90A, a
-// branch in linear_hopper's place in the C interface, a name in Kernel, and costs in select_tile.
+// A kernel for another architecture would be a namespace beside hopper, with its own guard like HAS_SM90A; functions
+// beside linear_hopper and is_hopper in the C interface; a name in Kernel and kKernelNames; costs in kTileCosts, which
+// select_tile considers where select_kernel lets it; and a call in launch_hopper.
 //
 // The extern "C" functions return a cudaError_t as int, 0 for success, where they do not say otherwise. Sizes are
 // element counts.
+
+// Numbers that both parts and model_new.py use.
+enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
+enum class Kernel : int { kWgmma16 = 0, kFp16x3 = 1, kFp16x1 = 2, kFp16x1Staged = 3, kLibrary = 4 };
 
 #ifdef __CUDACC__
 
@@ -57,11 +62,6 @@
 #include <utility>
 
 // ---------------------------------------------------------------------------- element types and the activation
-
-enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };  // as in model_new.py
-
-// Which variant of linear_kernel serves a call; see the table above.
-enum class Kernel : int { kWgmma16 = 0, kFp16x3 = 1, kFp16x1 = 2, kFp16x1Staged = 3 };
 
 // The type in which an element is computed: float for 16-bit storage, so that out is rounded once.
 template <typename T> struct ComputeType {
@@ -94,8 +94,8 @@ static bool aligned16(const void* a, const void* b, const void* c) {
 }
 
 // The activation of z with the layer's number s, and its derivative: every kernel that needs one calls these. What
-// consists of PyTorch's operators has it once more: forward_in_parts and LinearSigmoidResidual::backward in the last
-// part, Model and _decomposition in model_new.py.
+// consists of PyTorch's operators has it once more: decomposition and LinearSigmoidResidual::backward in the last part,
+// Model and _decomposition in model_new.py, and the tests' stand-in cpu_kernels.cpp.
 //   Another activation must be short and without branches, since the pass that stores z computes it, too, and drops it.
 //   It may map a finite z to NaN or Inf, and NaN to a number; see "Lost sums".
 // With kFast, for results of 16 bits, exp(-z) has an error of |z| * 2^-24, which their rounding hides.
@@ -179,7 +179,7 @@ constexpr int kBackwardWarps = 8;
 
 // dz = grad * (d out / d z)(z) over a strip of rows, and the strip's column sums of dz.
 //   grad, z, dz       [rows, cols], contiguous
-//   partial_sums      [gridDim.y, cols], of the compute type, or null when no bias gradient is wanted
+//   partial_sums      [gridDim.y, cols], of the compute type
 // A block covers 32 * kWidth columns (one warp wide) and rows_per_block rows, shared out over its warps.
 // Sums are taken of dz before it is rounded to 16 bits, in an order fixed by the grid: deterministic.
 template <typename T, int kWidth>
@@ -211,7 +211,6 @@ __global__ void __launch_bounds__(32 * kBackwardWarps)
       *reinterpret_cast<Vec*>(dz + at) = result;
     }
   }
-  if (partial_sums == nullptr) return;
 #pragma unroll
   for (int e = 0; e < kWidth; ++e) warp_sums[warp][lane * kWidth + e] = sum[e];
   __syncthreads();
@@ -243,9 +242,8 @@ static cudaError_t launch_backward_width(const T* grad, const T* z, T* dz, compu
   const dim3 grid(unsigned((cols + columns_per_block - 1) / columns_per_block), unsigned(strips));
   const int64_t rows_per_block = (rows + strips - 1) / strips;
   epilogue_backward_kernel<T, kWidth><<<grid, dim3(32, kBackwardWarps), 0, stream>>>(
-      grad, z, dz, dbias ? partial_sums : nullptr, rows, cols, rows_per_block, compute_t<T>(s));
-  if (dbias != nullptr)
-    reduce_columns_kernel<T><<<unsigned((cols + 127) / 128), 128, 0, stream>>>(partial_sums, dbias, strips, cols);
+      grad, z, dz, partial_sums, rows, cols, rows_per_block, compute_t<T>(s));
+  reduce_columns_kernel<T><<<unsigned((cols + 127) / 128), 128, 0, stream>>>(partial_sums, dbias, strips, cols);
   return cudaGetLastError();
 }
 
@@ -636,7 +634,7 @@ __device__ __forceinline__ float4 load_four(const float* row, int at, int k) {
   return at < k ? *reinterpret_cast<const float4*>(row + at) : float4{0, 0, 0, 0};
 }
 
-// Splits a matrix x [m, k] with row stride x_stride, a row in each block. Blocks behind the last row make the padding
+// Splits a matrix x [m, k] with row stride x_stride, a row in each block. Blocks after the last row make the padding
 // rows: copies of the last row as far as `split` has room for them, and an inverse_scale of 0.
 //   kBlockThreads  more where rows are few and the next kernel waits, which begins on an SM when its blocks are done
 //   kParts         2 for hi and lo, 1 for hi
@@ -720,7 +718,7 @@ static cudaError_t launch_split_rows(const void* from, int64_t stride, const Spl
 
 constexpr int kCopyThreads = 256, kCopyUnroll = 8;
 
-// to [rows, to_words] = from [rows, k], with zeros behind each row. Elements have kElementBytes, 2 or 4; from_stride
+// to [rows, to_words] = from [rows, k], each row padded with zeros. Elements have kElementBytes, 2 or 4; from_stride
 // counts elements. Everything moves in words of 4 bytes. A row of 2-byte elements may begin in the middle of a word; a
 // word is read if any of it belongs to the row. blockIdx is (row, part of the row).
 template <int kElementBytes>
@@ -1544,7 +1542,7 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::multiply_from
       load_step(w, step, address);
   };
   // Finds the scales of what was loaded and gives the stage back. The scales need all of it, and the release is made to
-  // depend on them: issued right behind the loads, it would overtake those that wait behind queued wgmmas.
+  // depend on them: issued right after the loads, it would overtake those that wait for queued wgmmas.
   auto find_scales = [&] {
     w.scale[0] = scale_of_row(w, 0), w.scale[1] = scale_of_row(w, 1);
     __syncwarp();
@@ -1781,7 +1779,7 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::finish_shared
 // chance. A row of W that is 0 has limit 0, and does not keep the other column's sum from being lost; two such rows
 // have nothing to lose. With the largest scale there is, that of zeros and of the smallest numbers, nothing is lost.
 //
-// An activation need not know of this: store_float adds NaN behind it, so that none can hide the mark, and z is stored
+// An activation need not know of this: store_float adds NaN after it, so that none can hide the mark, and z is stored
 // without it. Not found are sums of exactly 0 whose entries of W, not of x, became zero in their scale.
 
 template <typename T> __device__ __forceinline__ void Consumer<T>::note_w_inverse(const float (&w_inverse)[2]) {
@@ -1848,7 +1846,7 @@ __device__ __forceinline__ void Consumer<T>::mark_lost(int m, float* sums) const
 // ---- Repair (float32): lost sums, and those with NaN or Inf, computed again
 //
 // A product that is not finite may be so because of the conversion: Inf - Inf in lo, an overflow of the scaled sum, or
-// a lost one. Repair computes all of them again, behind the last tile, in the shared memory of the rings.
+// a lost one. Repair computes all of them again, after the last tile, in the shared memory of the rings.
 //
 // Few lost sums: each by a warp, as a float32 dot product. Many: the tensor cores multiply all rows of the panel again.
 //   fp16x1  As TF32, whose exponents are float32's: there are no scales and no range to fall out of. TMA brings
@@ -2624,7 +2622,11 @@ struct DeviceGuard {
 
 extern "C" {
 
-const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+// Also lets CUDA forget the error, or whoever launches the next kernel would be told of it.
+const char* error_string(int error) {
+  cudaGetLastError();
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
 
 // z, out: numel contiguous elements; out may equal z.
 int epilogue_forward(const void* z, void* out, int64_t numel, double scale, int dtype, int device,
@@ -2634,8 +2636,8 @@ int epilogue_forward(const void* z, void* out, int64_t numel, double scale, int 
   DISPATCH_DTYPE(dtype, launch_epilogue_forward, z, out, numel, scale, stream);
 }
 
-// grad, z, dz: [rows, cols] contiguous; dbias: [cols] or null; partial_sums: [strips, cols] of the compute type, or
-// null with dbias. rows, cols, strips >= 1.
+// grad, z, dz: [rows, cols] contiguous; dbias: [cols]; partial_sums: [strips, cols] of the compute type. rows, cols,
+// strips >= 1.
 int epilogue_backward(const void* grad, const void* z, void* dz, void* partial_sums, void* dbias, int64_t rows,
                       int64_t cols, int64_t strips, double scale, int dtype, int device, cudaStream_t stream) {
   const DeviceGuard guard(device);
@@ -2704,8 +2706,8 @@ int linear_hopper(const void* x, const void* w, const void* bias, void* out, voi
   }
 }
 
-// to [rows, to_stride] = from [rows, k] with unit stride along k, zeros behind; elements of 2 or 4 bytes. to and its
-// rows in multiples of 16 bytes.
+// to [rows, to_stride] = from [rows, k] with unit stride along k, padded with zeros; elements of 2 or 4 bytes. to and
+// its rows in multiples of 16 bytes.
 int pad_rows(const void* from, void* to, int64_t from_stride, int64_t rows, int64_t k, int64_t to_stride,
              int element_bytes, int device, cudaStream_t stream) {
   const DeviceGuard guard(device);
@@ -2727,12 +2729,10 @@ int pad_rows(const void* from, void* to, int64_t from_stride, int64_t rows, int6
 // ---------------------------------------------------------------------------- which kernel serves a product
 
 // Every product is served by the candidate that is expected to be the fastest: the library, or a tile of the fused
-// kernel. The costs are microseconds on an H200 but for what all have in common. Those of tiles are fitted to times of
-// every tile, those of the library to bench/results/nvidia-h200-grid.json; expect an error of several percent.
+// kernel. The costs are microseconds on an H200, without what every candidate costs. Those of tiles are fitted to times
+// of every tile, those of the library to bench/results/nvidia-h200-grid.json; expect an error of several percent.
 
-// As in the device code, and the library.
-enum class Kernel : int { kWgmma16 = 0, kFp16x3 = 1, kFp16x1 = 2, kFp16x1Staged = 3, kLibrary = 4 };
-constexpr const char* kKernelNames[] = {"wgmma16", "fp16x3", "fp16x1", "fp16x1_staged", "library"};
+constexpr const char* kKernelNames[] = {"wgmma16", "fp16x3", "fp16x1", "fp16x1_staged", "library"};  // as Kernel
 
 enum class Precision : int { kFloat32, kTF32, k16Bit };
 
@@ -2753,7 +2753,7 @@ struct Product {
   bool is_aligned() const { return transposed_w || k % (precision == Precision::k16Bit ? 8 : 4) == 0; }
 };
 
-static int64_t parts(int64_t size, int64_t part) { return (size + part - 1) / part; }
+static int64_t ceil_div(int64_t size, int64_t part) { return (size + part - 1) / part; }
 
 // Costs of a kernel's tiles. Indices: 16, 32, 64, 128, 256 rows.
 struct TileCosts {
@@ -2772,9 +2772,9 @@ constexpr TileCosts kTileCosts[] = {
 };
 constexpr double kPadMegabyte = 0.5, kPadLaunch = 2.5;  // padding W
 
-// The library's GEMM and the epilogue kernel behind it.
+// The library's GEMM and the epilogue kernel after it.
 struct LibraryCosts {
-  double launches;        // more than one of ours
+  double overhead;        // beyond a launch of ours
   double megabyte;        // of W
   double rate;            // million products a microsecond; float32: with few rows, with many it is twice that
   double unaligned_rate;  // where rows are not multiples of 16 bytes, in tiles of 64 or 128 rows; 0: as others
@@ -2786,16 +2786,16 @@ constexpr LibraryCosts kLibraryCosts[] = {
     {5.5, 0.27, 188, 66, true, 1.9},
     {5.4, 0.247, 375, 67, false, 0.95},
 };
-constexpr double kGemvLaunches = 3.6, kGemvMegabyte = 0.31;  // float32, one row
+constexpr double kGemvOverhead = 3.6, kGemvMegabyte = 0.31;  // float32, one row
 constexpr int kSMs = 132;
 
 // Blocks of a launch in tiles of `rows` by 128. Where they do not share K they come in pairs, for two tiles along m
 // that share W, or two along n that share x.
 static int64_t blocks_of(const Product& product, const Choice& tile) {
-  const int64_t along_m = parts(product.m, tile.rows), along_n = parts(product.n, 128);
+  const int64_t along_m = ceil_div(product.m, tile.rows), along_n = ceil_div(product.n, 128);
   if (tile.splits > 0) return along_m * along_n * tile.splits;
   const bool shares_w = tile.rows == 256 && (tile.kernel == Kernel::kFp16x3 || tile.kernel == Kernel::kFp16x1);
-  return shares_w ? parts(along_m, 2) * 2 * along_n : along_m * parts(along_n, 2) * 2;
+  return shares_w ? ceil_div(along_m, 2) * 2 * along_n : along_m * ceil_div(along_n, 2) * 2;
 }
 
 // How much longer it takes to read W for each part of the SMs that is idle. Not counted between tiles, whose costs are
@@ -2811,10 +2811,10 @@ static double tile_microseconds(const Product& product, const Choice& tile, doub
   // A cluster has four panels of 128 rows, and leaves out those that x does not fill.
   constexpr double kOfACluster[] = {1, 0.56, 0.8, 0.89};
   if (tile.kernel == Kernel::kFp16x3 && tile.rows == 256 && product.m <= 384)
-    per_block *= kOfACluster[parts(product.m, 128)];
+    per_block *= kOfACluster[ceil_div(product.m, 128)];
   const double blocks = double(blocks_of(product, tile));
   const double waves = std::ceil(blocks / kResident[tile.splits]);
-  const double blocks_of_k = double(parts(parts(product.k, 64), std::max(tile.splits, 1)));
+  const double blocks_of_k = double(ceil_div(ceil_div(product.k, 64), std::max(tile.splits, 1)));
   const double adding_up = tile.splits > 0 ? costs.split * tile.splits + costs.row * tile.rows : 0;
   const double compute = waves * (blocks_of_k * per_block + costs.tile + adding_up);
   const double megabytes = product.weight_megabytes();
@@ -2826,18 +2826,18 @@ static double tile_microseconds(const Product& product, const Choice& tile, doub
 
 static double library_microseconds(const Product& product) {
   const double megabytes = product.weight_megabytes(), m = double(product.m);
-  if (product.m == 1 && product.precision != Precision::k16Bit) return kGemvLaunches + kGemvMegabyte * megabytes;
+  if (product.m == 1 && product.precision != Precision::k16Bit) return kGemvOverhead + kGemvMegabyte * megabytes;
   const LibraryCosts& costs = kLibraryCosts[int(product.precision)];
   double compute = product.products() / (1e6 * costs.rate);
   if (!product.is_aligned() && product.m > 1 && costs.unaligned_rate > 0) {
-    const int64_t rows = product.m <= 64 ? 64 : parts(product.m, 128) * 128;
+    const int64_t rows = product.m <= 64 ? 64 : ceil_div(product.m, 128) * 128;
     compute = double(rows) * product.products() / m / (1e6 * costs.unaligned_rate);
   } else if (costs.has_whole_waves) {
-    const int64_t tiles = parts(product.m, 128) * parts(product.n, 128);
-    const int64_t in_waves = tiles <= kSMs ? tiles : parts(tiles, kSMs) * kSMs;
+    const int64_t tiles = ceil_div(product.m, 128) * ceil_div(product.n, 128);
+    const int64_t in_waves = tiles <= kSMs ? tiles : ceil_div(tiles, kSMs) * kSMs;
     compute = double(in_waves) * 128 * 128 * double(product.k) / (1e6 * costs.rate);
   }
-  return costs.launches + std::max(costs.megabyte * megabytes, compute) + 1e-6 * costs.epilogue * m * double(product.n);
+  return costs.overhead + std::max(costs.megabyte * megabytes, compute) + 1e-6 * costs.epilogue * m * double(product.n);
 }
 
 static Choice select_tile(const Product& product) {
@@ -2863,7 +2863,7 @@ static Choice select_tile(const Product& product) {
   for (const int rows : {16, 32, 64, 128}) {
     // Tiles of more than twice M's rows, or of less than a sixth, are never the best; 128 rows may be, for any M.
     if (rows < 128 && (rows > std::max<int64_t>(16, 2 * m - 1) || m > 6 * rows)) continue;
-    for (int splits = 1; splits <= 4 && splits <= parts(k, 64); ++splits) consider(kernel, rows, splits);
+    for (int splits = 1; splits <= 4 && splits <= ceil_div(k, 64); ++splits) consider(kernel, rows, splits);
   }
   consider(kernel, 256, 0);
   if (kernel == Kernel::kFp16x3) consider(kernel, 128, 0);
@@ -2871,7 +2871,7 @@ static Choice select_tile(const Product& product) {
   return tile_microseconds(product, best, kIdleReaders) < library_microseconds(product) ? best : library;
 }
 
-// Serves every product that the kernels can compute, if it has rows; see force_kernel.
+// While its rows are not 0, it serves every product that the kernels can compute; see force_kernel.
 static Choice forced = {Kernel::kLibrary, 0, 0};
 
 // The one decision. dtype: a DType, or another number for what the kernels do not have. w_stride: from one entry of a
@@ -2881,7 +2881,7 @@ static Choice select_kernel(int dtype, bool allows_tf32, bool is_hopper, int64_t
   const bool is_float32 = dtype == 0, is_16_bit = dtype == 1 || dtype == 2;
   const bool can_serve = is_hopper && (is_float32 || is_16_bit) && w_stride == 1 && m > 0 && n > 0 && k > 0;
   if (!can_serve) return {Kernel::kLibrary, 0, 0};
-  if (forced.rows > 0) return {forced.kernel, forced.rows, int(std::min<int64_t>(forced.splits, parts(k, 64)))};
+  if (forced.rows > 0) return {forced.kernel, forced.rows, int(std::min<int64_t>(forced.splits, ceil_div(k, 64)))};
   const auto precision = is_16_bit ? Precision::k16Bit : allows_tf32 ? Precision::kTF32 : Precision::kFloat32;
   return select_tile({m, n, k, precision, transposed_w});
 }
@@ -2902,6 +2902,7 @@ void force_kernel(int kernel, int rows, int splits) { forced = {static_cast<Kern
 
 #ifndef SELECTION_ONLY
 #include <ATen/Context.h>
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_unsafe_view.h>
@@ -2924,7 +2925,7 @@ void force_kernel(int kernel, int rows, int splits) { forced = {static_cast<Kern
 
 // ---------------------------------------------------------------------------- the operators on CUDA tensors
 
-extern "C" {  // as defined above
+extern "C" {  // The C interface
 const char* error_string(int error);
 int is_hopper(int device);
 int epilogue_forward(const void* z, void* out, int64_t numel, double scale, int dtype, int device, void* stream);
@@ -2977,7 +2978,7 @@ std::string describe(const char* name, const Tensor& t) {
 }
 
 // Refuses, in nn.Linear's words, what is not x [..., K], weight [N, K] and bias [N] of one dtype on one device.
-void check(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+void check_arguments(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   const auto got = [&](const std::string& what) {
     return "linear_sigmoid_residual(): " + what + ", got " + describe("x", x) + ", " + describe("weight", weight) +
            (bias ? ", " + describe("bias", *bias) : "");
@@ -3001,7 +3002,7 @@ bool allows_tf32() {
          at::Float32Precision::TF32;
 }
 
-// t as [M, its last size]. (-1 would be ambiguous for an empty t.)
+// t as a matrix [M, its last size].
 Tensor as_rows(const Tensor& t) { return t.dim() == 2 ? t : t.dim() == 1 ? t.unsqueeze(0) : t.flatten(0, -2); }
 
 // Whether the rows of a matrix are contiguous, do not overlap, and eight rows are less than TMA's 2^40 bytes.
@@ -3016,7 +3017,7 @@ bool has_aligned_rows(const Tensor& t) {
 
 Tensor with_rows(const Tensor& t) { return has_rows(t) ? t : t.contiguous(); }
 
-// A copy of a matrix that has rows, with zeros behind them up to a multiple of 16 bytes.
+// A copy of a matrix that has rows, padded with zeros to multiples of 16 bytes.
 Tensor padded(const Tensor& t) {
   const int64_t multiple = 16 / t.element_size(), cols = (t.size(1) + multiple - 1) / multiple * multiple;
   const Tensor copy = at::empty({t.size(0), cols}, t.options());
@@ -3076,7 +3077,7 @@ std::tuple<Tensor, Tensor> forward_library(const Tensor& x, const Tensor& weight
 
 std::tuple<Tensor, Tensor> forward_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double scale,
                                         bool with_z) {
-  check(x, weight, bias);
+  check_arguments(x, weight, bias);
   const at::AutoDispatchBelowADInplaceOrView guard;  // a shorter way to PyTorch's operators
   const int64_t n = weight.size(0), k = weight.size(1), m = k > 0 ? x.numel() / k : 0;
   const Choice choice = select_kernel(dtype_of(x), allows_tf32(), is_hopper(x.device().index()), m, n, k,
@@ -3146,7 +3147,7 @@ struct Operators {
 
 // Whether something must see the operator's parts: functorch (torch.func, vmap) or forward-mode AD follows the tensor,
 // or it is sparse.
-bool needs_parts(const Tensor& t) {
+bool needs_decomposition(const Tensor& t) {
   constexpr c10::DispatchKeySet keys({c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched,
                                       c10::DispatchKey::Sparse, c10::DispatchKey::SparseCsr});
   return t.defined() && (t.key_set().has_any(keys) || t._fw_grad(/*level=*/0).defined());
@@ -3154,8 +3155,8 @@ bool needs_parts(const Tensor& t) {
 
 Tensor widened(const Tensor& t) { return t.scalar_type() == at::kDouble ? t : t.to(at::kFloat); }
 
-// The operator in PyTorch's. As in model_new.py, which has it for tensors that are not on a GPU.
-Tensor forward_in_parts(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double scale) {
+// The operator as PyTorch's operators. model_new.py has the same for tensors that are not on a GPU.
+Tensor decomposition(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, double scale) {
   const Tensor z = at::linear(x, weight, bias), wide = widened(z);
   return (at::sigmoid(wide) * scale + wide).to(z.scalar_type());
 }
@@ -3175,6 +3176,7 @@ struct LinearSigmoidResidual : torch::autograd::Function<LinearSigmoidResidual> 
     ctx->saved_data["scale"] = scale;
     ctx->saved_data["has_bias"] = bias.has_value();
     ctx->saved_data["operators"] = reinterpret_cast<int64_t>(operators);
+    ctx->saved_data["has_hooks"] = at::SavedTensorDefaultHooks::get_hooks().has_value();
     ctx->set_materialize_grads(false);
     return {out, z};
   }
@@ -3184,16 +3186,21 @@ struct LinearSigmoidResidual : torch::autograd::Function<LinearSigmoidResidual> 
     auto saved = ctx->get_saved_variables();
     const Tensor x = std::move(saved[0]), weight = std::move(saved[1]);
     Tensor z = std::move(saved[2]);
-    // Where the graph is not kept, PyTorch lets go of what is saved behind the backward, and we before the products.
-    if (!torch::autograd::get_current_graph_task_keep_graph())
-      if (const auto node = torch::autograd::get_current_node()) node->release_variables();
+    // Where the graph is not kept, PyTorch lets go of what is saved after the backward. The products need z's memory
+    // before that. It may be freed if only the graph and this function refer to it; hooks may keep what they are given.
+    constexpr c10::DispatchKeySet wrappers({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
+    const bool frees_z = !torch::autograd::get_current_graph_task_keep_graph() &&
+                         !ctx->saved_data["has_hooks"].toBool() && !z.key_set().has_any(wrappers) &&
+                         z.storage().use_count() == 2;
+    TORCH_CHECK(z.numel() == 0 || z.key_set().has_any(wrappers) || z.storage().nbytes() > 0,
+                "Trying to backward through the graph a second time, in another thread, without retain_graph=True");
     const double scale = ctx->saved_data["scale"].toDouble();
     const auto& operators = *reinterpret_cast<const Operators*>(ctx->saved_data["operators"].toInt());
     Tensor grad = std::move(gradients[0]), grad_of_z = std::move(gradients[1]), dz, dbias;
     if (!grad.defined() && !grad_of_z.defined()) return torch::autograd::variable_list(5);  // zeros
     // In parts where the gradient may be differentiated, and where z's own gradient says that it has been.
-    const bool in_parts =
-        at::GradMode::is_enabled() || !grad.defined() || grad_of_z.defined() || needs_parts(grad) || needs_parts(z);
+    const bool in_parts = at::GradMode::is_enabled() || !grad.defined() || grad_of_z.defined() ||
+                          needs_decomposition(grad) || needs_decomposition(z);
     if (in_parts) {
       if (grad.defined()) {
         const Tensor p = at::sigmoid(widened(z));
@@ -3204,6 +3211,7 @@ struct LinearSigmoidResidual : torch::autograd::Function<LinearSigmoidResidual> 
     } else {
       at::AutoDispatchBelowADInplaceOrView guard;
       std::tie(dz, dbias) = operators.backward_z.call(grad, z, scale);
+      if (frees_z) z.storage().unsafeGetStorageImpl()->reset();
     }
     grad.reset(), grad_of_z.reset(), z.reset();  // the products need memory
     const auto product = [&](const Tensor& a, const Tensor& b) {
@@ -3219,18 +3227,7 @@ struct LinearSigmoidResidual : torch::autograd::Function<LinearSigmoidResidual> 
   }
 };
 
-}  // namespace
-
-// Without PyTorch's lock, which release_variables takes. (Nothing but that changes the node.)
-template <>
-torch::autograd::variable_list torch::autograd::CppNode<LinearSigmoidResidual>::apply(variable_list&& inputs) {
-  return CppNode_apply_functional<LinearSigmoidResidual>(std::move(inputs), ctx_, is_variable_input_, output_info_,
-                                                         name());
-}
-
 // ---------------------------------------------------------------------------- registration
-
-namespace {
 
 void register_implementations(torch::Library& library, const std::string& device, const Operators* operators) {
   const auto at_key = [](const std::string& key, auto kernel) {
@@ -3250,8 +3247,8 @@ void register_implementations(torch::Library& library, const std::string& device
                                  [operators](c10::DispatchKeySet keys, const Tensor& x, const Tensor& weight,
                                              const OptionalTensor& bias, double scale) -> Tensor {
                                    const Tensor b = bias.value_or(Tensor());
-                                   if (needs_parts(x) || needs_parts(weight) || needs_parts(b))
-                                     return forward_in_parts(x, weight, bias, scale);
+                                   if (needs_decomposition(x) || needs_decomposition(weight) || needs_decomposition(b))
+                                     return decomposition(x, weight, bias, scale);
                                    if (at::GradMode::is_enabled() &&
                                        (x.requires_grad() || weight.requires_grad() || (bias && b.requires_grad())))
                                      return LinearSigmoidResidual::apply(x, weight, bias, scale, operators)[0];

@@ -115,7 +115,11 @@ def _decomposition(x, weight, bias, scale):
 
 
 def _forward_fake(x, weight, bias, scale):
+    torch._check(x.dim() > 0 and weight.dim() == 2, lambda: f"x {list(x.shape)}, weight {list(weight.shape)}")
     torch._check(x.shape[-1] == weight.shape[1], lambda: f"x {list(x.shape)} does not fit weight {list(weight.shape)}")
+    for t in (weight,) if bias is None else (weight, bias):
+        torch._check(t.dtype == x.dtype, lambda t=t: f"x is {x.dtype}, weight or bias {t.dtype}")
+        torch._check(t.shape[0] == weight.shape[0], lambda t=t: f"bias {list(t.shape)}, weight {list(weight.shape)}")
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -192,10 +196,11 @@ def linear_sigmoid_residual(x, weight, bias, scale):
         x: [..., K], float32, float16, bfloat16 or float64; any strides.
         weight: [N, K], bias: [N] or None; dtype and device of x.
         scale: a number.
-    Returns: [..., N], contiguous, dtype and device of x. 16-bit: the GEMM's result z is rounded once, the rest is
-        computed in float32 and rounded once. `select_kernel` tells which implementation serves a call.
+    Returns: [..., N], contiguous, dtype and device of x. 16-bit: the fused kernel rounds once; elsewhere z is rounded,
+        and then the result. `select_kernel` tells which implementation serves a call.
     Differentiable in x, weight and bias, to any order, in forward mode and under torch.func, too.
-    Raises: what nn.functional.linear raises for tensors that do not fit together, before any launch.
+    Raises: what nn.functional.linear raises for tensors that do not fit together, before any launch; on a GPU also for
+        complex numbers and a bias that would be broadcast.
     Tensor subclasses, and a scale that is a tensor or a NumPy number: PyTorch's operators compute it.
     """
     if _are_plain(x, weight, bias, scale):

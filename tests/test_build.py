@@ -196,7 +196,7 @@ def test_who_calls_a_c_function_knows_its_types():
     """
     nvccs, gxxs = (ROOT / "kernels.cu").read_text(encoding="utf-8").split("\n#else  // __CUDACC__")
     nvccs = nvccs[nvccs.index('extern "C" {') :]
-    before, gxxs = gxxs.split('extern "C" {  // as defined above')
+    before, gxxs = gxxs.split('extern "C" {  // The C interface')
     defined = c_functions(nvccs, r" \{")
     assert len(defined) == 7 and c_functions(gxxs[: gxxs.index("}")], ";") == defined
     assert bindings.SIGNATURES.items() <= defined.items()
