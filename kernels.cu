@@ -3189,10 +3189,10 @@ struct LinearSigmoidResidual : torch::autograd::Function<LinearSigmoidResidual> 
     // Where the graph is not kept, PyTorch lets go of what is saved after the backward. The products need z's memory
     // before that. It may be freed if only the graph and this function refer to it; hooks may keep what they are given.
     constexpr c10::DispatchKeySet wrappers({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
-    const bool frees_z = !torch::autograd::get_current_graph_task_keep_graph() &&
-                         !ctx->saved_data["has_hooks"].toBool() && !z.key_set().has_any(wrappers) &&
-                         z.storage().use_count() == 2;
-    TORCH_CHECK(z.numel() == 0 || z.key_set().has_any(wrappers) || z.storage().nbytes() > 0,
+    const bool is_plain = !z.key_set().has_any(wrappers);
+    const bool frees_z = is_plain && z.storage().use_count() == 2 && !ctx->saved_data["has_hooks"].toBool() &&
+                         !torch::autograd::get_current_graph_task_keep_graph();
+    TORCH_CHECK(!is_plain || z.numel() == 0 || z.storage().nbytes() > 0,
                 "Trying to backward through the graph a second time, in another thread, without retain_graph=True");
     const double scale = ctx->saved_data["scale"].toDouble();
     const auto& operators = *reinterpret_cast<const Operators*>(ctx->saved_data["operators"].toInt());

@@ -115,10 +115,8 @@ def summary(results):
         marked(row, [label(row), kind(row), *both(row, eager[kind(row)]), error(row["error_frobenius"])])
         for row in chosen
     ]
-    note = (
-        WHERE.format(**full[0]).partition(", float")[0]
-        + f". {HOW} Against eager of the same precision. Error: of out, relative, in the Frobenius norm; x is uniform in [0, 1)."
-    )
+    note = WHERE.format(**full[0]).partition(", float")[0] + f". {HOW} Against eager of the same precision. "
+    note += "Error: of out, relative, in the Frobenius norm; x is uniform in [0, 1)."
     return f"{table(['', '', *BOTH, 'error'], body)}\n\n{note}"
 
 
