@@ -529,6 +529,9 @@ __device__ __forceinline__ void st_shared_v2(uint32_t to, uint32_t a, uint32_t b
 __device__ __forceinline__ void st_shared(uint32_t to, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory");
 }
+__device__ __forceinline__ void red_shared_or(uint32_t to, uint32_t bits) {
+  asm volatile("red.shared.or.b32 [%0], %1;" ::"r"(to), "r"(bits) : "memory");
+}
 // Stores four floats in another block of the cluster and counts their bytes on the barrier there.
 __device__ __forceinline__ void st_async_v4(uint32_t to, const float* v, uint32_t barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
@@ -1042,8 +1045,7 @@ template <typename T> struct SharedLayout {
   static constexpr int kConvertedEmpty = kConvertedFull + 8 * T::kConvertedStages;
   static constexpr int kSumsFull = kConvertedEmpty + 8 * T::kConvertedStages;
   static constexpr int kFloatFull = kSumsFull + 8;
-  static constexpr int kNotFinite =
-      kFloatFull + 8 * T::kFloatStages;  // float32: whether a consumer has met a product that is not finite
+  static constexpr int kNotFinite = kFloatFull + 8 * T::kFloatStages;  // float32: see note_not_finite
   static_assert(kNotFinite + 8 == T::kSharedBytes);
 
   using WRing = Ring<T::kWStages, T::kWStageBytes, kW, kWFull, kWEmpty>;
@@ -1768,8 +1770,9 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::finish_shared
 //   main loops         note_w_inverse  keeps the largest inverse of W's scales
 //   finish_tile        find_limits     makes limits of it
 //   finish             may_be_lost, mark_lost   compare a tile's sums with them, and make NaN of lost ones
-//   store_float        stores NaN wherever a product is not finite; note_not_finite sets kNotFinite in shared memory
-//   linear_kernel      Repair::tiles, if kNotFinite is set
+//   store_float        stores NaN wherever a product is not finite
+//   finish_tile        note_not_finite sets the tile's bit of kNotFinite, in shared memory
+//   linear_kernel      Repair::tiles, for the tiles whose bits are set
 //   Repair::tile       finds NaN and Inf in what this block has stored, and computes those elements again
 //
 // An entry so small in its scale, where the largest is below 2^15, that its last part is denormal is off by up to
@@ -1858,6 +1861,11 @@ __device__ __forceinline__ void Consumer<T>::mark_lost(int m, float* sums) const
 //           bits. An Inf makes NaN of its parts. So what is not finite then is multiplied once more from a1 alone,
 //           which keeps Inf, 0 and signs: where that is not finite it is what a float32 sum would be.
 
+// The bit that stands for a tile in kNotFinite. Tiles may share one.
+template <typename T> __device__ __forceinline__ uint32_t tile_bit(int m0, int n0) {
+  return 1u << (m0 / T::kRows + n0 / kTileN) % 32;
+}
+
 template <typename T> struct RepairLayout {
   static constexpr bool kIsTf32 = T::kParts == 1;
   // Rows at once: all of a tile's as TF32, of three parts as many as registers allow.
@@ -1917,6 +1925,10 @@ template <typename T> struct Repair {
         q(block.lane % 4),
         ring{block.shared} {}
 
+  // The bits of tiles with products that are not finite. (As a float the highest would be a zero.)
+  static __device__ __forceinline__ uint32_t not_finite(uint32_t shared) {
+    return __float_as_uint(ld_shared(shared + Layout::Shared::kNotFinite));
+  }
   // Whether it is true in any consumer's thread. All of them must ask.
   static __device__ __forceinline__ bool any(bool of_this_thread) {
     return bar_red_or(kConsumersBarrier, kConsumerThreads, of_this_thread);
@@ -2170,12 +2182,15 @@ template <typename T> __device__ __forceinline__ void Repair<T>::tile(int m_tile
   }
 }
 
-// Repairs all tiles of this block.
+// Repairs those tiles of this block that need it.
 template <typename T> __device__ __forceinline__ void Repair<T>::tiles() {
   // Through shuffles, or the compiler keeps what follows from them throughout the kernel.
   auto hidden = [](auto value) { return __shfl_sync(~0u, value, 0); };
   const TileScheduler<T> scheduler{hidden(args.m), hidden(args.n)};
-  scheduler.for_each_tile(block.rank, hidden(block.blocks), hidden(gridDim.x), [&](int m0, int n0) { tile(m0, n0); });
+  const uint32_t bits = not_finite(block.shared);
+  scheduler.for_each_tile(block.rank, hidden(block.blocks), hidden(gridDim.x), [&](int m0, int n0) {
+    if (bits & tile_bit<T>(m0, n0)) tile(m0, n0);
+  });
 }
 
 // ---- Stores
@@ -2212,8 +2227,10 @@ __device__ __forceinline__ void Consumer<T>::store_float(Element* to, bool is_z,
   }
 }
 
+// Remembers the tile if a product was not finite. Among many sums one is small enough to be lost by chance, and repair
+// should not look through all of a block's tiles for it.
 template <typename T> __device__ __forceinline__ void Consumer<T>::note_not_finite(float check) const {
-  if (T::kIsFloat && check != 0) st_shared(shared + Shared::kNotFinite, 1);
+  if (T::kIsFloat && check != 0) red_shared_or(shared + Shared::kNotFinite, tile_bit<T>(m0, n0));
 }
 
 // Stores 16 bits. Neighbours along n exchange, so that each has two columns of one row, which are 4 bytes.
@@ -2430,7 +2447,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     });
     if (T::kStoresBoxes && threadIdx.x % 128 == 0) cp_async_bulk_wait_group_read<0>();
     if (consumer.warpgroup == 0) consumer.await_turn();  // takes the last turn, so that the barrier ends as it began
-    if (!T::kIsFloat || !Repair<T>::any(ld_shared(block.shared + SharedLayout<T>::kNotFinite) != 0)) {
+    if (!T::kIsFloat || !Repair<T>::any(Repair<T>::not_finite(block.shared) != 0)) {
       leave_cluster();  // not behind the instructions that follow, which are rarely needed and far away
       return;
     }
