@@ -566,7 +566,9 @@ def _declare(library):
     return library
 
 
-_archs = architectures()
+# A command that only prints, writes a file or compiles for other machines needs no library here.
+_options = {argument.partition("=")[0] for argument in sys.argv[1:]} if __name__ == "__main__" else set()
+_archs = [] if _options & {"-h", "--help", "--export", "--build"} else architectures()
 _library = _load(build(_archs)) if _archs else None
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # as DType in kernels.cu counts them
 

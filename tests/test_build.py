@@ -247,7 +247,6 @@ if not os.fork():
 """
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="builds for its own GPU, too")
 def test_kernels_cu_built_without_a_gpu_is_what_a_machine_with_one_imports(toolkit, cache, tmp_path):
     """The command prints the path of the library. Where NVML tells of an A100, the import loads it, compiles nothing,
     and does not initialize CUDA. (An H100's library would take six times as long to compile.)
@@ -264,6 +263,10 @@ def test_kernels_cu_built_without_a_gpu_is_what_a_machine_with_one_imports(toolk
     command = [sys.executable, "-c", IMPORT]
     imported = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
     assert imported.stdout == f"{path} True\nforked\n" and imported.stderr == ""
+    # What needs no library builds none.
+    environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "empty")
+    helped = subprocess.run([sys.executable, model_new.__file__, "--help"], env=environ, capture_output=True, text=True)
+    assert helped.returncode == 0 and helped.stdout.startswith("usage") and helped.stderr == ""
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
