@@ -2895,7 +2895,8 @@ static Choice forced = {Kernel::kLibrary, 0, 0};
 // row of W to the next.
 static Choice select_kernel(int dtype, bool allows_tf32, bool is_hopper, int64_t m, int64_t n, int64_t k,
                             int64_t w_stride, bool transposed_w) {
-  const bool is_float32 = dtype == 0, is_16_bit = dtype == 1 || dtype == 2;
+  const bool is_float32 = dtype == int(DType::kFloat32);
+  const bool is_16_bit = dtype == int(DType::kFloat16) || dtype == int(DType::kBFloat16);
   const bool can_serve = is_hopper && (is_float32 || is_16_bit) && w_stride == 1 && m > 0 && n > 0 && k > 0;
   if (!can_serve) return {Kernel::kLibrary, 0, 0};
   if (forced.rows > 0) return {forced.kernel, forced.rows, int(std::min<int64_t>(forced.splits, ceil_div(k, 64)))};
@@ -2939,6 +2940,7 @@ void force_kernel(int kernel, int rows, int splits) { forced = {static_cast<Kern
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 // ---------------------------------------------------------------------------- the operators on CUDA tensors
 
@@ -2965,13 +2967,13 @@ using OptionalTensor = std::optional<Tensor>;
 int dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case at::kFloat:
-      return 0;
+      return int(DType::kFloat32);
     case at::kHalf:
-      return 1;
+      return int(DType::kFloat16);
     case at::kBFloat16:
-      return 2;
+      return int(DType::kBFloat16);
     case at::kDouble:
-      return 3;
+      return int(DType::kFloat64);
     default:
       return -1;
   }
@@ -3034,9 +3036,16 @@ bool has_aligned_rows(const Tensor& t) {
 
 Tensor with_rows(const Tensor& t) { return has_rows(t) ? t : t.contiguous(); }
 
+// The sizes of a product with n columns, whose rows are those of x [..., K].
+std::vector<int64_t> product_sizes(const Tensor& x, int64_t n) {
+  auto sizes = x.sizes().vec();
+  sizes.back() = n;
+  return sizes;
+}
+
 // A copy of a matrix that has rows, padded with zeros to multiples of 16 bytes.
 Tensor padded(const Tensor& t) {
-  const int64_t multiple = 16 / t.element_size(), cols = (t.size(1) + multiple - 1) / multiple * multiple;
+  const int64_t multiple = 16 / t.element_size(), cols = ceil_div(t.size(1), multiple) * multiple;
   const Tensor copy = at::empty({t.size(0), cols}, t.options());
   launch("pad_rows", pad_rows, t.device(), t.data_ptr(), copy.data_ptr(), t.stride(0), t.size(0), t.size(1), cols,
          int(t.element_size()));
@@ -3045,8 +3054,8 @@ Tensor padded(const Tensor& t) {
 
 // linear_hopper on operands that it can read. k: as far as products count, which may be less than the rows have.
 void launch_hopper(const Choice& choice, bool transposed_w, const Tensor& x, const Tensor& weight,
-                   const OptionalTensor& bias, const Tensor& out, const OptionalTensor& z, int64_t m, int64_t n,
-                   int64_t k, double scale) {
+                   const OptionalTensor& bias, const Tensor& out, const OptionalTensor& z, int64_t k, double scale) {
+  const int64_t m = x.size(0), n = out.size(-1);
   const auto data = [](const OptionalTensor& t) { return t ? t->data_ptr() : nullptr; };
   const int64_t scratch_bytes = linear_hopper_scratch(m, n, k, int(choice.kernel));
   OptionalTensor scratch;
@@ -3060,9 +3069,7 @@ void launch_hopper(const Choice& choice, bool transposed_w, const Tensor& x, con
 std::tuple<Tensor, Tensor> forward_hopper(const Choice& choice, const Tensor& x_, const Tensor& weight_,
                                           const OptionalTensor& bias, double scale, bool with_z) {
   Tensor x = with_rows(as_rows(x_)), weight = with_rows(weight_);
-  const int64_t m = x.size(0), n = weight.size(0);
-  auto sizes = x_.sizes().vec();
-  sizes.back() = n;
+  const auto sizes = product_sizes(x_, weight.size(0));
   const Tensor out = at::empty(sizes, x.options());
   const OptionalTensor z = with_z ? OptionalTensor(at::empty(sizes, x.options())) : std::nullopt;
   // Float32 is read four numbers at a time, so that K is padded with the rows.
@@ -3072,7 +3079,7 @@ std::tuple<Tensor, Tensor> forward_hopper(const Choice& choice, const Tensor& x_
     x = padded(x), weight = padded(weight);
   }
   const int64_t k = std::min(x.size(1), weight.size(1));
-  launch_hopper(choice, false, x, weight, bias ? OptionalTensor(bias->contiguous()) : bias, out, z, m, n, k, scale);
+  launch_hopper(choice, false, x, weight, bias ? OptionalTensor(bias->contiguous()) : bias, out, z, k, scale);
   return {out, z.value_or(Tensor())};
 }
 
@@ -3082,11 +3089,8 @@ std::tuple<Tensor, Tensor> forward_library(const Tensor& x, const Tensor& weight
   // What nn.functional.linear does with a matrix x; it takes two kernels for some others, and rounds twice.
   const Tensor rows = as_rows(x), weight_t = weight.t();
   Tensor z = bias ? at::addmm(*bias, rows, weight_t) : at::mm(rows, weight_t);
-  if (x.dim() != 2) {
-    auto sizes = x.sizes().vec();
-    sizes.back() = weight.size(0);
-    z = at::_unsafe_view(z, sizes);  // no view, which could not be changed in place with gradients
-  }
+  // No view, which could not be changed in place with gradients.
+  if (x.dim() != 2) z = at::_unsafe_view(z, product_sizes(x, weight.size(0)));
   const Tensor out = with_z ? at::empty_like(z) : z;
   launch("epilogue_forward", epilogue_forward, z.device(), z.data_ptr(), out.data_ptr(), z.numel(), scale, dtype_of(z));
   return {out, z};
@@ -3112,7 +3116,7 @@ std::tuple<Tensor, Tensor> backward_z_cuda(const Tensor& grad_, const Tensor& z_
   const int64_t cols = z.size(-1), rows = cols > 0 ? z.numel() / cols : 0;
   if (rows == 0) return {dz, at::zeros({cols}, z.options())};
   const Tensor dbias = at::empty({cols}, z.options());
-  const int64_t strips = std::min<int64_t>(128, (rows + 63) / 64);  // to fill the GPU with few partial sums
+  const int64_t strips = std::min<int64_t>(128, ceil_div(rows, 64));  // to fill the GPU with few partial sums
   const auto compute_type = z.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor partial_sums = at::empty({strips, cols}, z.options().dtype(compute_type));
   launch("epilogue_backward", epilogue_backward, z.device(), grad.data_ptr(), z.data_ptr(), dz.data_ptr(),
@@ -3127,13 +3131,11 @@ Tensor matmul_cuda(const Tensor& a, const Tensor& b) {
     choice = select_kernel(dtype_of(a), false, is_hopper(a.device().index()), a.numel() / b.size(0), b.size(1),
                            b.size(0), b.stride(1), /*transposed_w=*/true);
   if (choice.kernel != Kernel::kFp16x3) return at::matmul(a, b);
-  const int64_t k = b.size(0), n = b.size(1);
+  const int64_t k = b.size(0);
   Tensor rows = with_rows(as_rows(a));
   if (!has_aligned_rows(rows) || k % 4 != 0) rows = padded(rows);
-  auto sizes = a.sizes().vec();
-  sizes.back() = n;
-  const Tensor out = at::empty(sizes, a.options());
-  launch_hopper(choice, true, rows, b, {}, out, {}, rows.size(0), n, k, 0.0);
+  const Tensor out = at::empty(product_sizes(a, b.size(1)), a.options());
+  launch_hopper(choice, true, rows, b, {}, out, {}, k, 0.0);
   return out;
 }
 

@@ -91,7 +91,7 @@ class _Caught:
 #   autocast on CUDA tensors             kernels.cu         -
 #   every other device                   _decomposition     -
 #   torch.func, vmap, forward-mode AD    _decomposition (on CUDA tensors kernels.cu has the same)
-#   fake tensors, torch.compile          _fakes             _fakes
+#   fake tensors, torch.compile          _forward_fake      _forward_with_z_fake, _backward_z_fake, _matmul_fake
 #
 # The first three exist where kernels.cu has been built. The decomposition consists of PyTorch's operators: derivatives,
 # autocast and compilation are then PyTorch's, and so are the errors.
@@ -124,7 +124,8 @@ def _forward_fake(x, weight, bias, scale):
 
 
 def _forward_with_z_fake(x, weight, bias, scale):
-    return _forward_fake(x, weight, bias, scale), _forward_fake(x, weight, bias, scale)
+    out = _forward_fake(x, weight, bias, scale)
+    return out, torch.empty_like(out)
 
 
 def _backward_z_fake(grad, z, scale):
@@ -617,12 +618,7 @@ def select_tile(precision, m, n, k, transposed=False):
 
 # ------------------------------------------------------------------------------------------- the command line
 
-_DTYPE_NAMES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float64": torch.float64,
-}
+_DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES}
 
 
 def allclose_tolerance(dtype, precision="highest"):

@@ -19,7 +19,7 @@ LADDER = ROOT / "bench/results/ladder.json"
 FILES = ("README.md", "docs/OPTIMIZATIONS.md", "docs/ACCURACY.md", "docs/NOTEBOOK.md")
 SLOWER = 1.02  # times eager's time: a cell of the grid to be marked
 AS_GOOD, ROUNDOFF = 1.02, 1.5e-7  # an error is as good as another up to so many times it, and up to this one
-WHERE = "{gpu}, torch {torch}, M, K, N = {shape}, {dtype}, '{precision}'"
+WHERE = "{gpu}, torch {torch}, M, K, N = {shape}"
 LABELS = {
     "torch.compile, max-autotune": "torch.compile (max-autotune)",
     "library + epilogue": "cuBLAS SGEMM + fused epilogue",
@@ -95,7 +95,7 @@ def times(rows):
         eager = next(other for other in rows if (other["name"], other["dtype"]) == ("eager", row["dtype"]))
         cells = [*([row["dtype"]] if several else []), label(row), *both(row, eager)]
         body.append(marked(row, [*cells, error(row["error_frobenius"])]))
-    note = WHERE.format(**rows[0]).partition(", float")[0] + f". {HOW} Errors against float64, Frobenius norm."
+    note = f"{WHERE.format(**rows[0])}. {HOW} Errors against float64, Frobenius norm."
     return f"{table([*[''] * several, '', *BOTH, 'error'], body)}\n\n{note} * A bare GEMM: its product's error."
 
 
@@ -115,7 +115,7 @@ def summary(results):
         marked(row, [label(row), kind(row), *both(row, eager[kind(row)]), error(row["error_frobenius"])])
         for row in chosen
     ]
-    note = WHERE.format(**full[0]).partition(", float")[0] + f". {HOW} Against eager of the same precision. "
+    note = f"{WHERE.format(**full[0])}. {HOW} Against eager of the same precision. "
     note += "Error: of out, relative, in the Frobenius norm; x is uniform in [0, 1)."
     return f"{table(['', '', *BOTH, 'error'], body)}\n\n{note}"
 
@@ -140,7 +140,7 @@ def accuracy(rows):
         body.append([*cells, f"{row['ms']:.2f}", f"{row['speedup']:.2g}×"])
     kernel, library = rows[0]["kernel"], "SGEMM" if rows[0]["precision"] == "highest" else "TF32"
     header = ["data", f"{kernel}, Frobenius", library, f"{kernel}, componentwise", library, "ms", "against eager"]
-    note = f"{WHERE.format(**rows[0])}. Errors of z. Bold: worse than {library}."
+    note = f"{WHERE.format(**rows[0])}, {kind(rows[0])}. Errors of z. Bold: worse than {library}."
     note += " Times: medians of seven calls in turns with eager's."
     note += " Every call, repeated, gave the same bits." if all(row["bit_identical"] for row in rows) else ""
     note += "" if all(row["kernel"] == kernel for row in rows) else f" NOT all were computed by {kernel}."
@@ -212,7 +212,7 @@ def harness(rows):
     for row in rows:
         cells = [row["dtype"], label(row), "ahead" if row["host_ahead"] else "waits"]
         body.append(marked(row, [*cells, f"{row['mean']:.3f}", f"{row['ms']:.3f}", f"{row['speedup']:.2f}×"]))
-    note = "{gpu}, torch {torch}, M, K, N = {shape}; 100 calls, before each of which the host waits for the GPU and"
+    note = WHERE + "; 100 calls, before each of which the host waits for the GPU and"
     note += (
         " overwrites 256 MB. Ahead: the GPU has a millisecond to do before the first event, the host does not count."
     )
@@ -234,7 +234,7 @@ def energy(rows):
         cells += ["–" if row[key] is None else f"{row[key]:.{decimals}f}" for key, decimals in formats.items()]
         body.append(marked(row, cells))
     header = ["", "", "ms", "SM clock, MHz", "power, W", "mJ a call", "/ GEMM"]
-    note = "{gpu}, torch {torch}, M, K, N = {shape}; calls back to back, the cache not flushed; medians of what"
+    note = WHERE + "; calls back to back, the cache not flushed; medians of what"
     note += " nvidia-smi says of clock and power. * A bare GEMM, whose energy is that of the last column."
     return f"{table(header, body)}\n\n{note.format(**rows[0])}"
 
@@ -313,7 +313,6 @@ TABLES = {  # marker: (section of the results and precision, None for all; their
     "energy": ("energy", None, energy),
     "host": ("host", "highest", host),
     "networks": ("networks", "highest", host),
-    "grid": ("grid", None, grid),
     "grid-summary": ("grid", None, grid_summary),
 }
 
