@@ -37,16 +37,44 @@
 //
 // fp16x3 also exists for a W that comes transposed, as [K, N], for the backward's products.
 //
-// A kernel for another architecture would be a namespace beside hopper, with its own guard like HAS_SM90A; functions
-// beside linear_hopper and is_hopper in the C interface; a name in Kernel and kKernelNames; costs in kTileCosts, which
-// select_tile considers where select_kernel lets it; and a call in launch_hopper.
+// A kernel for another architecture would be a namespace beside hopper, with a guard like HAS_SM90A, which PTX that
+// both have would leave; functions beside linear_hopper and is_hopper in the C interface; a name before kLibrary in
+// Kernel and kKernelNames, and costs in kTileCosts; the architecture instead of is_hopper in select_kernel, and in
+// select_tile, which knows only Hopper's tiles; a call in launch_hopper; and a flag of the compiler in model_new.py.
 //
 // The extern "C" functions return a cudaError_t as int, 0 for success, where they do not say otherwise. Sizes are
 // element counts.
 
+#include <cstdint>
+
 // Numbers that both parts and model_new.py use.
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
 enum class Kernel : int { kWgmma16 = 0, kFp16x3 = 1, kFp16x1 = 2, kFp16x1Staged = 3, kLibrary = 4 };
+
+constexpr int kTileN = 128;    // columns of out in every tile of the fused kernel
+constexpr int kTileK = 64;     // it multiplies K in blocks of this many
+constexpr int kMaxSplits = 4;  // blocks that share a tile, each with a part of K
+// Whether pairs of blocks share W, converted, or else x. splits: 0 where blocks do not share a tile.
+constexpr bool shares_w(Kernel kernel, int rows, int splits) {
+  return (kernel == Kernel::kFp16x3 || kernel == Kernel::kFp16x1) && splits == 0 && rows == 256;
+}
+
+template <typename T, typename U> constexpr T ceil_div(T size, U unit) { return (size + T(unit) - 1) / T(unit); }
+template <typename T, typename U> constexpr T round_up(T size, U unit) { return ceil_div(size, unit) * T(unit); }
+
+// What nvcc's part offers to that for g++; see "The C interface".
+typedef struct CUstream_st* cudaStream_t;  // as in CUDA's headers
+extern "C" {
+const char* error_string(int error);
+int is_hopper(int device);
+int epilogue_forward(const void* z, void* out, int64_t numel, double scale, int dtype, int device, cudaStream_t stream);
+int epilogue_backward(const void* grad, const void* z, void* dz, void* partial_sums, void* dbias, int64_t rows,
+                      int64_t cols, int64_t strips, double scale, int dtype, int device, cudaStream_t stream);
+int64_t linear_hopper_scratch(int64_t m, int64_t n, int64_t k, int kernel);
+int linear_hopper(const void* x, const void* w, const void* bias, void* out, void* z, void* scratch, int64_t x_stride,
+                  int64_t w_stride, int64_t m, int64_t n, int64_t k, double scale, int dtype, int kernel,
+                  int transposed_w, int rows, int splits, int device, cudaStream_t stream);
+}
 
 #ifdef __CUDACC__
 
@@ -57,7 +85,6 @@ enum class Kernel : int { kWgmma16 = 0, kFp16x3 = 1, kFp16x1 = 2, kFp16x1Staged 
 
 #include <algorithm>
 #include <atomic>
-#include <cstdint>
 #include <type_traits>
 #include <utility>
 
@@ -93,11 +120,12 @@ static bool aligned16(const void* a, const void* b, const void* c) {
   return ((reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | reinterpret_cast<uintptr_t>(c)) & 15) == 0;
 }
 
-// The activation of z with the layer's number s, and its derivative: every kernel that needs one calls these. What
-// consists of PyTorch's operators has it once more: decomposition and LinearSigmoidResidual::backward in the last part,
-// Model and _decomposition in model_new.py, and the tests' stand-in cpu_kernels.cpp.
-//   Another activation must be short and without branches, since the pass that stores z computes it, too, and drops it.
-//   It may map a finite z to NaN or Inf, and NaN to a number; see "Lost sums".
+// The activation of z with the layer's number s, and its derivative: every kernel that needs one calls these. The
+// formula is repeated in PyTorch's operators, in decomposition and LinearSigmoidResidual::backward in the last part and
+// in Model and _decomposition in model_new.py, and in the tests' stand-in cpu_kernels.cpp.
+//   Another activation must be element-wise, short and without branches, since the pass that stores z computes it, too,
+//   and drops it. Its derivative must follow from z and s, since only z is saved. It may map a finite z to NaN or Inf,
+//   and NaN to a number (see "Lost sums"); with s = 0 it may be anything.
 // With kFast, for results of 16 bits, exp(-z) has an error of |z| * 2^-24, which their rounding hides.
 template <bool kFast = false> __device__ __forceinline__ float sigmoid(float z) {
   float power, reciprocal;
@@ -155,7 +183,7 @@ template <typename T, int kWidth>
 static cudaError_t launch_epilogue_vectors(const T* z, T* out, int64_t vectors, double s, cudaStream_t stream) {
   if (vectors == 0) return cudaSuccess;
   constexpr int64_t per_block = kEpilogueThreads * kEpilogueUnroll;
-  const int64_t blocks = (vectors + per_block - 1) / per_block;  // < 2^31: a grid covers 2^41 elements and more
+  const int64_t blocks = ceil_div(vectors, per_block);  // < 2^31: a grid covers 2^41 elements and more
   epilogue_forward_kernel<T, kWidth>
       <<<dim3(unsigned(blocks)), kEpilogueThreads, 0, stream>>>(z, out, vectors, compute_t<T>(s));
   return cudaGetLastError();
@@ -239,8 +267,8 @@ template <typename T, int kWidth>
 static cudaError_t launch_backward_width(const T* grad, const T* z, T* dz, compute_t<T>* partial_sums, T* dbias,
                                          int64_t rows, int64_t cols, int64_t strips, double s, cudaStream_t stream) {
   const int64_t columns_per_block = 32 * kWidth;
-  const dim3 grid(unsigned((cols + columns_per_block - 1) / columns_per_block), unsigned(strips));
-  const int64_t rows_per_block = (rows + strips - 1) / strips;
+  const dim3 grid(unsigned(ceil_div(cols, columns_per_block)), unsigned(strips));
+  const int64_t rows_per_block = ceil_div(rows, strips);
   epilogue_backward_kernel<T, kWidth><<<grid, dim3(32, kBackwardWarps), 0, stream>>>(
       grad, z, dz, partial_sums, rows, cols, rows_per_block, compute_t<T>(s));
   reduce_columns_kernel<T><<<unsigned((cols + 127) / 128), 128, 0, stream>>>(partial_sums, dbias, strips, cols);
@@ -398,6 +426,11 @@ __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.a
 __device__ __forceinline__ void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending> __device__ __forceinline__ void wgmma_wait_group() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// After a wait: keeps the compiler from moving uses of the products' sums before it.
+template <int kSize> __device__ __forceinline__ void order_after_wait(float (&sums)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
 // wgmma: d [64, kN] (+)= a [64, k] * b [k, kN], float32 sums. b, and a where it is not in registers, lie in shared
@@ -594,8 +627,7 @@ __device__ __forceinline__ void split2(float a, float b, float scale, uint32_t& 
 // ---------------------------------------------------------------------------- preparing rows of x and W
 // For any architecture: scales of rows and their split into hi and lo, and copies whose rows TMA can read.
 
-constexpr int kTileK = 64;            // k are multiplied in blocks of so many
-constexpr int kPaddedRowsUnit = 512;  // inverse_scale is as long as multiples of so many rows
+constexpr int kPaddedRowsUnit = 512;  // the length of inverse_scale is rounded up to a multiple of this
 
 // The inverse of a row's scale, which is a power of two. The last bit of its mantissa tells whether entries were so
 // small for the scale that they became zero.
@@ -615,7 +647,7 @@ struct SplitRows {
   float* inverse_scale;  // [m up to a multiple of kPaddedRowsUnit]; see RowInverse
 
   SplitRows(void* scratch, int64_t m, int64_t k, int parts)
-      : padded_k(int((k + kTileK - 1) / kTileK * kTileK)),
+      : padded_k(int(round_up(k, kTileK))),
         rows(int(rows_of(m))),
         hi(static_cast<__half*>(scratch)),
         lo(hi + (parts - 1) * part_size()),
@@ -623,11 +655,11 @@ struct SplitRows {
   int64_t part_size() const { return int64_t(rows) * padded_k; }
   // More than 128 rows are padded to whole panels of 128, because TMA takes longer to fill with zeros what is outside
   // than to copy. Padding rows are copies of the last row: sums of 0 would look as if they had lost their bits.
-  static int64_t rows_of(int64_t m) { return m <= 128 ? m : (m + 127) / 128 * 128; }
-  static int64_t padded_m(int64_t m) { return (m + kPaddedRowsUnit - 1) / kPaddedRowsUnit * kPaddedRowsUnit; }
+  static int64_t rows_of(int64_t m) { return m <= 128 ? m : round_up(m, 128); }
+  static int64_t padded_m(int64_t m) { return round_up(m, kPaddedRowsUnit); }
   static int64_t bytes(int64_t m, int64_t k, int parts) {
     const SplitRows split(nullptr, m, k, parts);
-    return (reinterpret_cast<uintptr_t>(split.inverse_scale + padded_m(m)) + 127) / 128 * 128;
+    return round_up(reinterpret_cast<uintptr_t>(split.inverse_scale + padded_m(m)), 128);
   }
 };
 
@@ -709,55 +741,13 @@ __global__ void __launch_bounds__(kBlockThreads)
   }
 }
 
-// tile: the rows of a tile, or a multiple.
+// Blocks up to a multiple of rows_unit, since a tile reads inverse_scale up to its last row.
 template <int kBlockThreads, int kParts>
-static cudaError_t launch_split_rows(const void* from, int64_t stride, const SplitRows& to, int rows, int tile, int k,
-                                     bool keeps_order, cudaStream_t stream) {
-  const unsigned grid = (unsigned(rows) + tile - 1) / tile * tile;
+static cudaError_t launch_split_rows(const void* from, int64_t stride, const SplitRows& to, int rows, int rows_unit,
+                                     int k, bool keeps_order, cudaStream_t stream) {
+  const unsigned grid = round_up(unsigned(rows), rows_unit);
   split_rows_kernel<kBlockThreads, kParts>
       <<<grid, kBlockThreads, 0, stream>>>(static_cast<const float*>(from), stride, to, rows, k, keeps_order);
-  return cudaGetLastError();
-}
-
-constexpr int kCopyThreads = 256, kCopyUnroll = 8;
-
-// to [rows, to_words] = from [rows, k], each row padded with zeros. Elements have kElementBytes, 2 or 4; from_stride
-// counts elements. Everything moves in words of 4 bytes. A row of 2-byte elements may begin in the middle of a word; a
-// word is read if any of it belongs to the row. blockIdx is (row, part of the row).
-template <int kElementBytes>
-__global__ void __launch_bounds__(kCopyThreads)
-    pad_rows_kernel(const char* __restrict__ from, int64_t from_stride, uint32_t* __restrict__ to, unsigned k,
-                    unsigned to_words) {
-  constexpr unsigned kPerWord = 4 / kElementBytes, kPart = kCopyThreads * kCopyUnroll;
-  const char* row = from + blockIdx.x * from_stride * kElementBytes;
-  const int shift = kPerWord == 2 && (reinterpret_cast<uintptr_t>(row) & 2) ? 16 : 0;
-  const uint32_t* words = reinterpret_cast<const uint32_t*>(row - shift / 8);
-  to += int64_t(blockIdx.x) * to_words;
-  for (unsigned first = blockIdx.y * kPart + threadIdx.x; first < to_words; first += gridDim.y * kPart) {
-    uint32_t value[kCopyUnroll];
-#pragma unroll
-    for (int u = 0; u < kCopyUnroll; ++u) {
-      const unsigned at = first + u * kCopyThreads, element = at * kPerWord;  // the word's first
-      const bool has_first = element < k, has_second = kPerWord == 2 && element + 1 < k;
-      const uint32_t low = has_first ? words[at] : 0;
-      const uint32_t high = shift != 0 && has_second ? words[at + 1] : 0;
-      value[u] = __funnelshift_r(low, high, shift);
-      if (kPerWord == 2 && !has_second) value[u] &= 0xffff;
-    }
-#pragma unroll
-    for (int u = 0; u < kCopyUnroll; ++u)
-      if (first + u * kCopyThreads < to_words) to[first + u * kCopyThreads] = value[u];
-  }
-}
-
-// to: [rows, to_stride] elements, each row in a multiple of 4 bytes.
-static cudaError_t launch_pad_rows(const void* from, int64_t from_stride, void* to, int64_t rows, int64_t k,
-                                   int64_t to_stride, int element_bytes, cudaStream_t stream) {
-  const unsigned words = unsigned(to_stride * element_bytes / 4), part = kCopyThreads * kCopyUnroll;
-  const dim3 grid(unsigned(rows), std::min((words + part - 1) / part, 65535u));
-  const auto kernel = element_bytes == 2 ? pad_rows_kernel<2> : pad_rows_kernel<4>;
-  kernel<<<grid, kCopyThreads, 0, stream>>>(static_cast<const char*>(from), from_stride, static_cast<uint32_t*>(to),
-                                            unsigned(k), words);
   return cudaGetLastError();
 }
 
@@ -776,7 +766,7 @@ static cudaError_t launch_pad_rows(const void* from, int64_t from_stride, void* 
 //   warpgroup of converters does that: from W's ring to registers, and from there to a second ring, from which it is
 //   multiplied. In smaller tiles the consumers do it: each thread loads its part of the fragment, finds the scale with
 //   its three neighbours, and A is multiplied from registers. Only fp16x1_staged reads W twice: split_rows_kernel
-//   leaves a copy in fp16. What is of 16 bits is multiplied from shared memory as it comes.
+//   leaves a copy in fp16. 16-bit operands are multiplied straight from shared memory.
 // Scales. x has one scale for each row, W one for every row and block of 64 k. The tensor core truncates when it adds
 //   to its float32 accumulator. So it only ever adds one block of 64 k to a fresh `partial`; the partial is scaled back
 //   and added to `total` by an ordinary fma, which rounds. With one product (fp16x1) that is not needed: in tiles of
@@ -815,20 +805,17 @@ namespace hopper {
 
 // ---- Tiles: choices, what follows from them, what must hold
 
-constexpr int kTileN = 128;
 constexpr int kConsumerWarpgroups = kTileN / 64;
 constexpr int kConsumerThreads = 128 * kConsumerWarpgroups;
 constexpr int kConsumerWarps = 4 * kConsumerWarpgroups;
 [[maybe_unused]] constexpr int kConverterWarps = 4;  // where a cluster's blocks share W
-constexpr int kMaxSplits = 4;                        // blocks that share a tile
 constexpr int kMaxShared = 232448;                   // bytes of a Hopper block
 
 // Where blocks share a tile, each finishes some of the tile's groups of 8 rows, and the others send it their sums.
 [[maybe_unused]] constexpr int kGroupBytes = 16 * kConsumerThreads;
 constexpr int most_groups_sent(int groups) {  // to one block, by all others
   int most = 0;
-  for (int blocks = 2; blocks <= kMaxSplits; ++blocks)
-    most = std::max(most, (blocks - 1) * ((groups + blocks - 1) / blocks));
+  for (int blocks = 2; blocks <= kMaxSplits; ++blocks) most = std::max(most, (blocks - 1) * ceil_div(groups, blocks));
   return most;
 }
 
@@ -841,6 +828,7 @@ template <Kernel kKernel_, typename Element_, int kRows_, bool kSplitK_, bool kT
   static constexpr bool kSplitK = kSplitK_;            // a cluster's blocks share a tile, or else W or x
   static constexpr bool kTransposedW = kTransposedW_;  // W comes as [k, n], or else as [n, k]
   static_assert(!kTransposedW || kKernel == Kernel::kFp16x3, "only the backward's products have such a W");
+  static constexpr bool kMayLackOut = kTransposedW;  // the backward's products have no activation: z is the result
   static_assert(kRows <= 256 && kRows % 8 == 0);
 
   // How the operands reach the tensor cores.
@@ -848,11 +836,11 @@ template <Kernel kKernel_, typename Element_, int kRows_, bool kSplitK_, bool kT
   static constexpr int kParts = kKernel == Kernel::kFp16x3 ? 2 : 1;  // hi, lo
   static constexpr bool kConvertsW = kKernel == Kernel::kFp16x3 || kKernel == Kernel::kFp16x1;
   // Float32 W is converted by warps of its own, half of it in each block of a cluster, or else by the consumers.
-  static constexpr bool kSharesW = kConvertsW && !kSplitK && kRows == 256;
+  static constexpr bool kSharesW = shares_w(kKernel, kRows, kSplitK);
   static constexpr bool kWFromRegisters = kConvertsW && !kSharesW;
   // Whether the tensor core adds up 64 k at a time, or else all of K.
   static constexpr bool kPromotesEachBlock = kKernel == Kernel::kFp16x3 || kWFromRegisters;
-  static constexpr bool kKeepsOrderOfK = kTransposedW || kSharesW;  // or else x is stored in the fragments' order
+  static constexpr bool kKeepsOrderOfK = kTransposedW || !kWFromRegisters;  // or else x is in the fragments' order
   // Accumulators that share a block's four steps: fewer additions that truncate (see "How sums stay accurate"), where
   // registers and time allow it.
   static constexpr int kPartials = kParts == 1 || !kSplitK || kRows == 128 ? 1 : kRows == 64 ? 2 : 4;
@@ -903,7 +891,7 @@ template <Kernel kKernel_, typename Element_, int kRows_, bool kSplitK_, bool kT
   static constexpr bool kStoresBoxes = !kIsFloat && !kSplitK;
   static constexpr int kBoxRows = 64, kBoxBytes = kBoxRows * 64 * 2;
   static constexpr int kBoxesBytes = kStoresBoxes ? 2 * kConsumerWarpgroups * kBoxBytes : 0;
-  // Stages of float32 W and x for repair as TF32, in what the rings leave behind.
+  // Stages of float32 W and x for repair as TF32, in the rings' memory, which the main loop needs no more.
   static constexpr int kFloatStages = kIsFloat && kParts == 1 ? 4 : 0;
   // W's and x's rings share what is left, but for 1024 bytes of barriers and alignment. Measured: fp16x1 wants four
   // stages of float32 W, fp16x3 two; x takes the rest.
@@ -1378,7 +1366,7 @@ template <typename T> struct Consumer {
 
   // Main loops: total = x * W^T of the tile, in the scales of x's rows.
   __device__ __forceinline__ void multiply();
-  __device__ __forceinline__ void multiply_panel(float* sums, uint32_t w, bool is_first);
+  __device__ __forceinline__ void multiply_panel(float* sums, uint32_t w, bool starts_sums);
   __device__ __forceinline__ void multiply_converted(int panels);
   __device__ __forceinline__ void multiply_whole(int panels);
   __device__ __forceinline__ void multiply_from_registers();
@@ -1477,7 +1465,7 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::give_turn() {
 
 // Adds a panel's products with a block of W to sums, both operands from shared memory. w: the descriptor of W.
 template <typename T>
-__device__ __forceinline__ void Consumer<T>::multiply_panel(float* sums, uint32_t w, bool is_first) {
+__device__ __forceinline__ void Consumer<T>::multiply_panel(float* sums, uint32_t w, bool starts_sums) {
   auto multiply_step = [&](uint32_t a, uint32_t b, bool adds) {
     Wgmma<T::kPanelRows>::template multiply<typename T::Multiplied>(sums, kDescriptorUpper | a, kDescriptorUpper | b,
                                                                     adds);
@@ -1488,12 +1476,12 @@ __device__ __forceinline__ void Consumer<T>::multiply_panel(float* sums, uint32_
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < 4 && T::kParts == 2; ++step) {  // 16 k are 32 bytes, which is 2 in a descriptor
-    multiply_step(w + T::kConvertedPartBytes / 16 + 2 * step, x + 2 * step, !is_first || step > 0);
+    multiply_step(w + T::kConvertedPartBytes / 16 + 2 * step, x + 2 * step, !starts_sums || step > 0);
     multiply_step(w + 2 * step, x + T::kXPartBytes / 16 + 2 * step, true);
   }
 #pragma unroll
   for (int step = 0; step < 4; ++step)
-    multiply_step(w + 2 * step, x + 2 * step, T::kParts == 2 || !is_first || step > 0);
+    multiply_step(w + 2 * step, x + 2 * step, T::kParts == 2 || !starts_sums || step > 0);
   wgmma_commit_group();
   give_turn();
 }
@@ -1514,6 +1502,7 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::multiply_conv
       if (panel >= panels) continue;
       multiply_panel(partial, w, true);
       wgmma_wait_group<0>();
+      order_after_wait(partial);
       release_x(x_ring);
       add_partial(total + panel * (T::kPanelRows / 2), partial,
                   {w_inverse[0] * kCorrection, w_inverse[1] * kCorrection});
@@ -1588,6 +1577,8 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::multiply_from
       split_step<T::kParts>(hi[0], lo[0], w, 0);
     }
     wgmma_wait_group<0>();
+#pragma unroll
+    for (int i = 0; i < T::kPartials; ++i) order_after_wait(partial[i]);
     release_x(x_ring);
     if constexpr (T::kPartials == 1) {
       add_partial(total, partial[0], factors);
@@ -1658,6 +1649,7 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::multiply_whol
     if (panels == 0) release_read_w();
   }
   wgmma_wait_group<0>();
+  order_after_wait(total);
   if (panels > 0) release_read_w(), release_x(x_done);
   if constexpr (T::kSharesW) scale_total(w_inverse), note_w_inverse(w_inverse);
 }
@@ -1768,12 +1760,12 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::finish_shared
 // result. Where they meet zeros it is made of the others. Such sums are known by their size: the epilogue marks them,
 // as NaN, and they are computed again:
 //   main loops         note_w_inverse  keeps the largest inverse of W's scales
-//   finish_tile        find_limits     makes limits of it
+//   finish_tile        find_limits     computes the limits from it (finish_shared_tile where blocks share a tile)
 //   finish             may_be_lost, mark_lost   compare a tile's sums with them, and make NaN of lost ones
 //   store_float        stores NaN wherever a product is not finite
 //   finish_tile        note_not_finite sets the tile's bit of kNotFinite, in shared memory
-//   linear_kernel      Repair::tiles, for the tiles whose bits are set
-//   Repair::tile       finds NaN and Inf in what this block has stored, and computes those elements again
+//   linear_kernel      Repair::repair_tiles, for the tiles whose bits are set
+//   repair_tile        finds NaN and Inf in what this block has stored, and computes those elements again
 //
 // An entry so small in its scale, where the largest is below 2^15, that its last part is denormal is off by up to
 // 2^-25. Such errors of x or of W add up, at random, to 2^-25 * 2^15 * sqrt(k) times the largest inverse of W's scale,
@@ -1782,8 +1774,8 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::finish_shared
 // chance. A row of W that is 0 has limit 0, and does not keep the other column's sum from being lost; two such rows
 // have nothing to lose. With the largest scale there is, that of zeros and of the smallest numbers, nothing is lost.
 //
-// An activation need not know of this: store_float adds NaN after it, so that none can hide the mark, and z is stored
-// without it. Not found are sums of exactly 0 whose entries of W, not of x, became zero in their scale.
+// An activation need not know of this: store_float adds the NaN after the activation, so that none can hide it. Sums of
+// exactly 0 whose entries of W, not of x, became zero in their scale are not found.
 
 template <typename T> __device__ __forceinline__ void Consumer<T>::note_w_inverse(const float (&w_inverse)[2]) {
 #pragma unroll
@@ -1791,7 +1783,7 @@ template <typename T> __device__ __forceinline__ void Consumer<T>::note_w_invers
 }
 
 template <typename T> __device__ __forceinline__ void Consumer<T>::find_limits() {
-  // 2^-25 * 2^15, times how much more is a limit.
+  // The expected error, 2^-25 * 2^15, times the margin.
   const float factor = 0x1p-10f * (T::kParts == 2 ? 0x1p18f : 0x1p11f) * sqrtf(args.k);
 #pragma unroll
   for (int half = 0; half < 2; ++half)
@@ -1806,7 +1798,7 @@ __device__ __forceinline__ bool Consumer<T>::are_lost(float first, float second,
   return lost[0] || lost[1];
 }
 
-// Whether any of the sums may be lost: nearly never.
+// Whether any of the sums may be lost: rare, but for tiles with rows beyond M, whose sums are 0.
 template <typename T>
 template <int kGroups>
 __device__ __forceinline__ bool Consumer<T>::may_be_lost(const float* sums) const {
@@ -1851,7 +1843,7 @@ __device__ __forceinline__ void Consumer<T>::mark_lost(int m, float* sums) const
 // A product that is not finite may be so because of the conversion: Inf - Inf in lo, an overflow of the scaled sum, or
 // a lost one. Repair computes all of them again, after the last tile, in the shared memory of the rings.
 //
-// Few lost sums: each by a warp, as a float32 dot product. Many: the tensor cores multiply all rows of the panel again.
+// Few in a warp: each as a float32 dot product. Many: the tensor cores multiply all rows of the panel again.
 //   fp16x1  As TF32, whose exponents are float32's: there are no scales and no range to fall out of. TMA brings
 //           float32, threads round it in shared memory.
 //   fp16x3  From three bf16 numbers for each operand, which have float32's exponents, too: a = a1 + a2 + a3, each what
@@ -1870,12 +1862,12 @@ template <typename T> struct RepairLayout {
   static constexpr bool kIsTf32 = T::kParts == 1;
   // Rows at once: all of a tile's as TF32, of three parts as many as registers allow.
   static constexpr int kRows = kIsTf32 ? T::kRows : std::min(64, T::kPanelRows), kSums = kRows / 2;
-  static constexpr int kLostWords = (kSums + 31) / 32;  // a thread's, of a bit for each of its sums
+  static constexpr int kPendingWords = (kSums + 31) / 32;  // a thread's, of a bit for each of its sums
   static constexpr int kSumBytes = kSums * 4 * kConsumerThreads;
   static constexpr int kWPartBytes = kTileN * 128, kXPartBytes = kRows * 128;
   static constexpr int kBufferBytes = 3 * (kWPartBytes + kXPartBytes);
   static constexpr int kStageK = 32, kStageBytes = kWPartBytes + kXPartBytes;  // of float32
-  static constexpr int kFewLost = 32;  // a warp's: dot products take about as long as the panel on the tensor cores
+  static constexpr int kFewPending = 32;  // a warp's: dot products take about as long as the panel on the tensor cores
   using Shared = SharedLayout<T>;
   using FloatRing = Ring<std::max(1, T::kFloatStages), kStageBytes, 0, Shared::kFloatFull, Shared::kFloatFull>;
   static_assert(!T::kIsFloat || (kIsTf32 ? T::kFloatStages * kStageBytes : 2 * kBufferBytes) <= Shared::kWFull &&
@@ -1925,8 +1917,8 @@ template <typename T> struct Repair {
         q(block.lane % 4),
         ring{block.shared} {}
 
-  // The bits of tiles with products that are not finite. (As a float the highest would be a zero.)
-  static __device__ __forceinline__ uint32_t not_finite(uint32_t shared) {
+  // The bits of this block's tiles with products that are not finite. (An integer: bit 31 alone is -0 as a float.)
+  static __device__ __forceinline__ uint32_t tiles_to_repair(uint32_t shared) {
     return __float_as_uint(ld_shared(shared + Layout::Shared::kNotFinite));
   }
   // Whether it is true in any consumer's thread. All of them must ask.
@@ -1950,8 +1942,8 @@ template <typename T> struct Repair {
   }
   template <int kParts> __device__ __forceinline__ void multiply_parts(int m_first, int n_tile);
   __device__ __forceinline__ void multiply_tf32(int m_first, int n_tile);
-  __device__ __forceinline__ void tiles();
-  __device__ __forceinline__ void tile(int m_tile, int n_tile);
+  __device__ __forceinline__ void repair_tiles();
+  __device__ __forceinline__ void repair_tile(int m_tile, int n_tile);
 };
 
 // total = x * W^T for kRows rows of x from m_first on and the tile's columns, from kParts bf16 parts.
@@ -2103,36 +2095,38 @@ template <typename T> __device__ __forceinline__ void Repair<T>::multiply_tf32(i
 }
 
 // Repairs what this block stores of a tile.
-template <typename T> __device__ __forceinline__ void Repair<T>::tile(int m_tile, int n_tile) {
-  constexpr int kWords = Layout::kLostWords;
+template <typename T> __device__ __forceinline__ void Repair<T>::repair_tile(int m_tile, int n_tile) {
+  constexpr int kWords = Layout::kPendingWords;
   float *out = static_cast<float*>(args.out), *z = static_cast<float*>(args.z);
+  const bool lacks_out = T::kMayLackOut && out == nullptr;
+  const float* stored = lacks_out ? z : out;
   const int m_begin = T::kSplitK ? m_tile + block.part.first_group * 8 : m_tile;
   const int m_end = min(T::kSplitK ? m_tile + block.part.last_group * 8 : m_tile + T::kRows, args.m);
   auto store = [&](int m, int n, float product) {
     const int64_t at = int64_t(m) * args.n + n;
     const float value = product + bias_of<float>(args, n);
     if (z != nullptr) z[at] = value;
-    out[at] = activation(value, args.s);
+    if (!lacks_out) out[at] = activation(value, args.s);
   };
 #pragma unroll 1
   for (int m_first = m_tile; m_first < m_end; m_first += Layout::kRows) {
     // A thread's sums, as wgmma has them.
     auto row_of_sum = [&](int i) { return m_first + i / 4 * 8 + 2 * q + i % 2; };
     auto column_of_sum = [&](int i) { return n_tile + warp * 16 + r + i / 2 % 2 * 8; };
-    uint32_t lost[kWords];  // a bit for each of them
+    uint32_t pending[kWords];  // a bit for each of them that must be computed again
     int count = 0;
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
-      lost[word] = 0;
+      pending[word] = 0;
 #pragma unroll 4
       for (int bit = 0; bit < Layout::kSums / kWords; ++bit) {
         const int i = word * 32 + bit, m = row_of_sum(i), n = column_of_sum(i);
         const bool is_inside = m >= m_begin && m < m_end && n < args.n;
-        if (is_inside && !is_finite(out[int64_t(m) * args.n + n])) lost[word] |= 1u << bit;
+        if (is_inside && !is_finite(stored[int64_t(m) * args.n + n])) pending[word] |= 1u << bit;
       }
-      count += __popc(lost[word]);
+      count += __popc(pending[word]);
     }
-    // Stores those of the lost sums that are finite in `total`, or those that are not, and says whether some are left.
+    // Stores those pending sums that are finite in `total`, or those that are not, and says whether some are left.
     // Through shared memory, so that they can be indexed.
     auto store_where = [&](bool finite) {
       const uint32_t mine = block.shared + 4 * thread;
@@ -2142,16 +2136,16 @@ template <typename T> __device__ __forceinline__ void Repair<T>::tile(int m_tile
 #pragma unroll
       for (int word = 0; word < kWords; ++word) {
 #pragma unroll 1
-        for (uint32_t left = lost[word]; left != 0; left &= left - 1) {
+        for (uint32_t left = pending[word]; left != 0; left &= left - 1) {
           const int bit = __ffs(left) - 1, i = word * 32 + bit;
           const float sum = ld_shared(mine + i * (4 * kConsumerThreads));
-          if (is_finite(sum) == finite) store(row_of_sum(i), column_of_sum(i), sum), lost[word] ^= 1u << bit;
+          if (is_finite(sum) == finite) store(row_of_sum(i), column_of_sum(i), sum), pending[word] ^= 1u << bit;
         }
-        is_left |= lost[word] != 0;
+        is_left |= pending[word] != 0;
       }
       return is_left;
     };
-    if (any(__reduce_add_sync(~0u, count) > Layout::kFewLost)) {
+    if (any(__reduce_add_sync(~0u, count) > Layout::kFewPending)) {
       if constexpr (Layout::kIsTf32) {
         multiply_tf32(m_first, n_tile);
         store_where(true), store_where(false);
@@ -2166,8 +2160,8 @@ template <typename T> __device__ __forceinline__ void Repair<T>::tile(int m_tile
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
 #pragma unroll 1
-      for (unsigned lanes; (lanes = __ballot_sync(~0u, lost[word] != 0)) != 0;) {
-        const int owner = __ffs(lanes) - 1, i = word * 32 + __ffs(lost[word]) - 1;
+      for (unsigned lanes; (lanes = __ballot_sync(~0u, pending[word] != 0)) != 0;) {
+        const int owner = __ffs(lanes) - 1, i = word * 32 + __ffs(pending[word]) - 1;
         const int m = __shfl_sync(~0u, row_of_sum(i), owner), n = __shfl_sync(~0u, column_of_sum(i), owner);
         float sum = 0;
 #pragma unroll 4
@@ -2175,7 +2169,7 @@ template <typename T> __device__ __forceinline__ void Repair<T>::tile(int m_tile
         for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
         if (block.lane == owner) {
           store(m, n, sum);
-          lost[word] &= lost[word] - 1;
+          pending[word] &= pending[word] - 1;
         }
       }
     }
@@ -2183,13 +2177,13 @@ template <typename T> __device__ __forceinline__ void Repair<T>::tile(int m_tile
 }
 
 // Repairs those tiles of this block that need it.
-template <typename T> __device__ __forceinline__ void Repair<T>::tiles() {
+template <typename T> __device__ __forceinline__ void Repair<T>::repair_tiles() {
   // Through shuffles, or the compiler keeps what follows from them throughout the kernel.
   auto hidden = [](auto value) { return __shfl_sync(~0u, value, 0); };
   const TileScheduler<T> scheduler{hidden(args.m), hidden(args.n)};
-  const uint32_t bits = not_finite(block.shared);
+  const uint32_t bits = tiles_to_repair(block.shared);
   scheduler.for_each_tile(block.rank, hidden(block.blocks), hidden(gridDim.x), [&](int m0, int n0) {
-    if (bits & tile_bit<T>(m0, n0)) tile(m0, n0);
+    if (bits & tile_bit<T>(m0, n0)) repair_tile(m0, n0);
   });
 }
 
@@ -2227,8 +2221,8 @@ __device__ __forceinline__ void Consumer<T>::store_float(Element* to, bool is_z,
   }
 }
 
-// Remembers the tile if a product was not finite. Among many sums one is small enough to be lost by chance, and repair
-// should not look through all of a block's tiles for it.
+// Marks the tile for repair if a product was not finite. Among many sums one is small enough to be lost by chance, and
+// repair should not scan all of a block's tiles for it.
 template <typename T> __device__ __forceinline__ void Consumer<T>::note_not_finite(float check) const {
   if (T::kIsFloat && check != 0) red_shared_or(shared + Shared::kNotFinite, tile_bit<T>(m0, n0));
 }
@@ -2276,13 +2270,13 @@ __device__ __forceinline__ void Consumer<T>::store_pairs(Element* to, bool is_z,
 // Stores 16 bits through shared memory, from where TMA stores whole lines while the next box is made.
 template <typename T>
 __device__ __forceinline__ void Consumer<T>::store_boxes(const CUtensorMap* map, bool is_z, const float* sums) const {
-  const bool is_first = threadIdx.x % 128 == 0;  // of the warpgroup
+  const bool is_leader = threadIdx.x % 128 == 0;  // of the warpgroup
   const int barrier = kWarpgroupBarriers + warpgroup;
   const uint32_t boxes = shared + Shared::kBoxes + warpgroup * (2 * T::kBoxBytes);
 #pragma unroll
   for (int box = 0; box < T::kRows / T::kBoxRows; ++box) {
     const uint32_t offset = box % 2 * T::kBoxBytes;
-    if (is_first) cp_async_bulk_wait_group_read<1>();  // the box before the last, which was here, has left
+    if (is_leader) cp_async_bulk_wait_group_read<1>();  // the box before the last, which was here, has left
     bar_sync(barrier, 128);
     // stmatrix's matrices are columns r of a group of 8 rows, columns r + 8, and the same of the next group; they lie
     // under TMA's swizzle. The lane is read anew, or the compiler keeps the address for the next tile, in a register
@@ -2307,7 +2301,7 @@ __device__ __forceinline__ void Consumer<T>::store_boxes(const CUtensorMap* map,
     }
     fence_proxy_async_shared();
     bar_sync(barrier, 128);
-    if (is_first) {
+    if (is_leader) {
       cp_async_bulk_tensor_2d_store(map, n0 + warpgroup * 64, m0 + box * T::kBoxRows, boxes + offset);
       cp_async_bulk_commit_group();
     }
@@ -2338,7 +2332,7 @@ __device__ __forceinline__ void Consumer<T>::finish(int m, float* sums, float2 f
       for (int group = 0; group < kGroups; group += kBatch)
         store_pairs<kBatch>(to, is_z, m + group * 8, sums + 4 * group);
     }
-    if (!is_z) break;
+    if (!is_z || (T::kMayLackOut && out == nullptr)) break;
   }
 }
 
@@ -2407,8 +2401,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   }
   __syncthreads();
   const int warp = warp_index();
-  // No barrier of another block may be used before it is initialized. Where blocks share a tile none is until its end,
-  // and the wait is there.
+  // Another block's barriers may be used only once that block has initialized them. Blocks that share a tile first use
+  // them at its end, and wait there.
   barrier_cluster_arrive_relaxed();
   if (!T::kSplitK) barrier_cluster_wait();
 
@@ -2447,17 +2441,19 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     });
     if (T::kStoresBoxes && threadIdx.x % 128 == 0) cp_async_bulk_wait_group_read<0>();
     if (consumer.warpgroup == 0) consumer.await_turn();  // takes the last turn, so that the barrier ends as it began
-    if (!T::kIsFloat || !Repair<T>::any(Repair<T>::not_finite(block.shared) != 0)) {
+    if (!T::kIsFloat || !Repair<T>::any(Repair<T>::tiles_to_repair(block.shared) != 0)) {
       leave_cluster();  // not behind the instructions that follow, which are rarely needed and far away
       return;
     }
     if constexpr (T::kIsFloat) {
       // Repair overwrites the rings. The other block has what this one's converters sent it once it has used it.
       if constexpr (T::kSharesW) consumer.w_ring.wait_all_empty();
-      Repair<T>(args, maps, shared_memory).tiles();
+      Repair<T>(args, maps, shared_memory).repair_tiles();
     }
   }
   leave_cluster();
+#else
+  __trap();  // compiled for another architecture, where is_hopper keeps it from being launched
 #endif
 }
 
@@ -2538,7 +2534,7 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
   // First, so that the GPU has work while the host prepares the rest.
   if constexpr (T::kKernel == Kernel::kFp16x1Staged)
     error = launch_split_rows<256, 1>(args.w, args.w_stride, args.w_split, args.n, TileScheduler<T>::kClusterN, args.k,
-                                      false, stream);
+                                      T::kKeepsOrderOfK, stream);
   if constexpr (T::kIsFloat)
     if (error == cudaSuccess)
       error = launch_split_rows<T::kSplitK ? 512 : 256, T::kParts>(
@@ -2587,18 +2583,18 @@ static cudaError_t launch_tile(const Arguments& args, int splits, int device, cu
 
 // Launches a tile of `rows` rows, if there is such a variant; select_tile, in the last part, finds the best.
 template <Kernel kKernel, typename Element, bool kTransposedW = false>
-static cudaError_t launch(const Arguments& args, int rows, int splits, int device, cudaStream_t stream) {
-  const bool is_split = splits >= 1 && splits <= kMaxSplits && splits <= (args.k + kTileK - 1) / kTileK;
-  const auto launch_if = [&](auto tile) { return launch_tile<decltype(tile)>(args, splits, device, stream); };
-  if (splits == 0 && rows == 256) return launch_if(Tile<kKernel, Element, 256, false, kTransposedW>());
+static cudaError_t launch_variant(const Arguments& args, int rows, int splits, int device, cudaStream_t stream) {
+  const bool is_split = splits >= 1 && splits <= kMaxSplits && splits <= ceil_div(args.k, kTileK);
+  const auto launch_as = [&](auto tile) { return launch_tile<decltype(tile)>(args, splits, device, stream); };
+  if (splits == 0 && rows == 256) return launch_as(Tile<kKernel, Element, 256, false, kTransposedW>());
   if constexpr (kKernel == Kernel::kFp16x3)
-    if (splits == 0 && rows == 128) return launch_if(Tile<kKernel, Element, 128, false, kTransposedW>());
+    if (splits == 0 && rows == 128) return launch_as(Tile<kKernel, Element, 128, false, kTransposedW>());
   // A copy of W pays with many rows only.
   if constexpr (kKernel != Kernel::kFp16x1Staged) {
-    if (is_split && rows == 128) return launch_if(Tile<kKernel, Element, 128, true, kTransposedW>());
-    if (is_split && rows == 64) return launch_if(Tile<kKernel, Element, 64, true, kTransposedW>());
-    if (is_split && rows == 32) return launch_if(Tile<kKernel, Element, 32, true, kTransposedW>());
-    if (is_split && rows == 16) return launch_if(Tile<kKernel, Element, 16, true, kTransposedW>());
+    if (is_split && rows == 128) return launch_as(Tile<kKernel, Element, 128, true, kTransposedW>());
+    if (is_split && rows == 64) return launch_as(Tile<kKernel, Element, 64, true, kTransposedW>());
+    if (is_split && rows == 32) return launch_as(Tile<kKernel, Element, 32, true, kTransposedW>());
+    if (is_split && rows == 16) return launch_as(Tile<kKernel, Element, 16, true, kTransposedW>());
   }
   return cudaErrorInvalidValue;
 }
@@ -2665,8 +2661,8 @@ int epilogue_backward(const void* grad, const void* z, void* dz, void* partial_s
 // Whether hopper::linear_kernel runs on the device: compute capability 9.0. 0 also where CUDA does not say.
 int is_hopper(int device) {
   int major = 0, minor = 0;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return 0;
-  if (cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) return 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) cudaGetLastError();
   return major == 9 && minor == 0;
 }
 
@@ -2681,55 +2677,40 @@ int64_t linear_hopper_scratch(int64_t m, int64_t n, int64_t k, int kernel) {
 
 // The fused layer on compute capability 9.0, in tiles of `rows` by 128; splits: blocks that share a tile, each with a
 // part of K, or 0 where pairs of blocks share x or W. cudaErrorInvalidValue for a tile that does not exist.
-//   kernel: a Kernel; kWgmma16 with float16 and bfloat16, one of the others with float32. transposed_w: kFp16x3 only.
-//   x [m, k] and w [n, k] with unit stride along k, rows and pointers in multiples of 16 bytes; float32 also k. A
-//   transposed w is [k, n], and that holds for n instead. bias [n], or null; out [m, n] and z [m, n], contiguous, z
-//   null where it is not wanted. m, n, k from 1 to 2^31 - 2048. scratch: 128-byte aligned, null where none is needed.
+//   kernel: a Kernel; kWgmma16 with float16 and bfloat16, one of the others with float32.
+//   x [m, k] and w [n, k] with unit stride along k, rows and pointers in multiples of 16 bytes; in float32 k is a
+//   multiple of 4. bias [n], or null; out [m, n] and z [m, n], contiguous, z null where it is not wanted. m, n, k from
+//   1 to 2^31 - 2048. scratch: 128-byte aligned, null where none is needed.
+//   transposed_w: kFp16x3 only. w is [k, n], and k need be no multiple of 4 if rows of x go on with zeros up to one.
+//   out may be null: z = x·w + bias is then the only result.
 int linear_hopper(const void* x, const void* w, const void* bias, void* out, void* z, void* scratch, int64_t x_stride,
                   int64_t w_stride, int64_t m, int64_t n, int64_t k, double scale, int dtype, int kernel,
                   int transposed_w, int rows, int splits, int device, cudaStream_t stream) {
   const DeviceGuard guard(device);
   if (guard.error != cudaSuccess) return guard.error;
   const auto which = static_cast<Kernel>(kernel);
+  const auto type = static_cast<DType>(dtype);
   // Float32 must be converted, 16 bits must not be.
-  if ((which == Kernel::kWgmma16) == (static_cast<DType>(dtype) == DType::kFloat32)) return cudaErrorInvalidValue;
-  if (transposed_w && which != Kernel::kFp16x3) return cudaErrorInvalidValue;
-  if (scratch == nullptr && which != Kernel::kWgmma16) return cudaErrorInvalidValue;
+  const bool is_float = type == DType::kFloat32, is_16_bit = type == DType::kFloat16 || type == DType::kBFloat16;
+  if (which == Kernel::kWgmma16 ? !is_16_bit : !is_float || scratch == nullptr) return cudaErrorInvalidValue;
+  if (which == Kernel::kLibrary || (transposed_w && which != Kernel::kFp16x3)) return cudaErrorInvalidValue;
   const int parts = parts_of(which);
   const SplitRows x_split(scratch, m, k, parts);
   const SplitRows w_split(static_cast<char*>(scratch) + SplitRows::bytes(m, k, parts), n, k, 1);
   const bool can_store_boxes = n % 8 == 0 && aligned16(out, z, z);
   const hopper::Arguments args = {x,        w,        bias,   out,    z,      x_split,      w_split,
                                   x_stride, w_stride, int(m), int(n), int(k), float(scale), can_store_boxes};
-  switch (static_cast<DType>(dtype)) {
-    case DType::kFloat32:
-      switch (which) {
-        case Kernel::kFp16x3:
-          return transposed_w ? hopper::launch<Kernel::kFp16x3, float, true>(args, rows, splits, device, stream)
-                              : hopper::launch<Kernel::kFp16x3, float>(args, rows, splits, device, stream);
-        case Kernel::kFp16x1:
-          return hopper::launch<Kernel::kFp16x1, float>(args, rows, splits, device, stream);
-        case Kernel::kFp16x1Staged:
-          return hopper::launch<Kernel::kFp16x1Staged, float>(args, rows, splits, device, stream);
-        default:
-          return cudaErrorInvalidValue;
-      }
-    case DType::kFloat16:
-      return hopper::launch<Kernel::kWgmma16, __half>(args, rows, splits, device, stream);
-    case DType::kBFloat16:
-      return hopper::launch<Kernel::kWgmma16, __nv_bfloat16>(args, rows, splits, device, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
-// to [rows, to_stride] = from [rows, k] with unit stride along k, padded with zeros; elements of 2 or 4 bytes. to and
-// its rows in multiples of 16 bytes.
-int pad_rows(const void* from, void* to, int64_t from_stride, int64_t rows, int64_t k, int64_t to_stride,
-             int element_bytes, int device, cudaStream_t stream) {
-  const DeviceGuard guard(device);
-  if (guard.error != cudaSuccess) return guard.error;
-  return launch_pad_rows(from, from_stride, to, rows, k, to_stride, element_bytes, stream);
+  if (which == Kernel::kFp16x3 && transposed_w)
+    return hopper::launch_variant<Kernel::kFp16x3, float, true>(args, rows, splits, device, stream);
+  if (which == Kernel::kFp16x3)
+    return hopper::launch_variant<Kernel::kFp16x3, float>(args, rows, splits, device, stream);
+  if (which == Kernel::kFp16x1)
+    return hopper::launch_variant<Kernel::kFp16x1, float>(args, rows, splits, device, stream);
+  if (which == Kernel::kFp16x1Staged)
+    return hopper::launch_variant<Kernel::kFp16x1Staged, float>(args, rows, splits, device, stream);
+  if (type == DType::kFloat16)
+    return hopper::launch_variant<Kernel::kWgmma16, __half>(args, rows, splits, device, stream);
+  return hopper::launch_variant<Kernel::kWgmma16, __nv_bfloat16>(args, rows, splits, device, stream);
 }
 
 }  // extern "C"
@@ -2740,7 +2721,6 @@ int pad_rows(const void* from, void* to, int64_t from_stride, int64_t rows, int6
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <limits>
 
 // ---------------------------------------------------------------------------- which kernel serves a product
@@ -2769,8 +2749,6 @@ struct Product {
   // Rows of x and W must be multiples of 16 bytes, and are padded to that; cuBLAS has slower kernels for such rows.
   bool is_aligned() const { return transposed_w || k % (precision == Precision::k16Bit ? 8 : 4) == 0; }
 };
-
-static int64_t ceil_div(int64_t size, int64_t part) { return (size + part - 1) / part; }
 
 // Costs of a kernel's tiles. Indices: 16, 32, 64, 128, 256 rows.
 struct TileCosts {
@@ -2809,10 +2787,9 @@ constexpr int kSMs = 132;
 // Blocks of a launch in tiles of `rows` by 128. Where they do not share K they come in pairs, for two tiles along m
 // that share W, or two along n that share x.
 static int64_t blocks_of(const Product& product, const Choice& tile) {
-  const int64_t along_m = ceil_div(product.m, tile.rows), along_n = ceil_div(product.n, 128);
+  const int64_t along_m = ceil_div(product.m, tile.rows), along_n = ceil_div(product.n, kTileN);
   if (tile.splits > 0) return along_m * along_n * tile.splits;
-  const bool shares_w = tile.rows == 256 && (tile.kernel == Kernel::kFp16x3 || tile.kernel == Kernel::kFp16x1);
-  return shares_w ? ceil_div(along_m, 2) * 2 * along_n : along_m * ceil_div(along_n, 2) * 2;
+  return shares_w(tile.kernel, tile.rows, 0) ? round_up(along_m, 2) * along_n : along_m * round_up(along_n, 2);
 }
 
 // How much longer it takes to read W for each part of the SMs that is idle. Not counted between tiles, whose costs are
@@ -2831,7 +2808,7 @@ static double tile_microseconds(const Product& product, const Choice& tile, doub
     per_block *= kOfACluster[ceil_div(product.m, 128)];
   const double blocks = double(blocks_of(product, tile));
   const double waves = std::ceil(blocks / kResident[tile.splits]);
-  const double blocks_of_k = double(ceil_div(ceil_div(product.k, 64), std::max(tile.splits, 1)));
+  const double blocks_of_k = double(ceil_div(ceil_div(product.k, kTileK), std::max(tile.splits, 1)));
   const double adding_up = tile.splits > 0 ? costs.split * tile.splits + costs.row * tile.rows : 0;
   const double compute = waves * (blocks_of_k * per_block + costs.tile + adding_up);
   const double megabytes = product.weight_megabytes();
@@ -2847,11 +2824,11 @@ static double library_microseconds(const Product& product) {
   const LibraryCosts& costs = kLibraryCosts[int(product.precision)];
   double compute = product.products() / (1e6 * costs.rate);
   if (!product.is_aligned() && product.m > 1 && costs.unaligned_rate > 0) {
-    const int64_t rows = product.m <= 64 ? 64 : ceil_div(product.m, 128) * 128;
+    const int64_t rows = product.m <= 64 ? 64 : round_up(product.m, 128);
     compute = double(rows) * product.products() / m / (1e6 * costs.unaligned_rate);
   } else if (costs.has_whole_waves) {
     const int64_t tiles = ceil_div(product.m, 128) * ceil_div(product.n, 128);
-    const int64_t in_waves = tiles <= kSMs ? tiles : ceil_div(tiles, kSMs) * kSMs;
+    const int64_t in_waves = tiles <= kSMs ? tiles : round_up(tiles, kSMs);
     compute = double(in_waves) * 128 * 128 * double(product.k) / (1e6 * costs.rate);
   }
   return costs.overhead + std::max(costs.megabyte * megabytes, compute) + 1e-6 * costs.epilogue * m * double(product.n);
@@ -2880,7 +2857,8 @@ static Choice select_tile(const Product& product) {
   for (const int rows : {16, 32, 64, 128}) {
     // Tiles of more than twice M's rows, or of less than a sixth, are never the best; 128 rows may be, for any M.
     if (rows < 128 && (rows > std::max<int64_t>(16, 2 * m - 1) || m > 6 * rows)) continue;
-    for (int splits = 1; splits <= 4 && splits <= ceil_div(k, 64); ++splits) consider(kernel, rows, splits);
+    for (int splits = 1; splits <= kMaxSplits && splits <= ceil_div(k, kTileK); ++splits)
+      consider(kernel, rows, splits);
   }
   consider(kernel, 256, 0);
   if (kernel == Kernel::kFp16x3) consider(kernel, 128, 0);
@@ -2891,15 +2869,15 @@ static Choice select_tile(const Product& product) {
 // While its rows are not 0, it serves every product that the kernels can compute; see force_kernel.
 static Choice forced = {Kernel::kLibrary, 0, 0};
 
-// The one decision. dtype: a DType, or another number for what the kernels do not have. w_stride: from one entry of a
-// row of W to the next.
+// The one decision. dtype: a DType, or another number for a dtype that the kernels do not support. w_stride: from one
+// entry of a row of W to the next.
 static Choice select_kernel(int dtype, bool allows_tf32, bool is_hopper, int64_t m, int64_t n, int64_t k,
                             int64_t w_stride, bool transposed_w) {
   const bool is_float32 = dtype == int(DType::kFloat32);
   const bool is_16_bit = dtype == int(DType::kFloat16) || dtype == int(DType::kBFloat16);
   const bool can_serve = is_hopper && (is_float32 || is_16_bit) && w_stride == 1 && m > 0 && n > 0 && k > 0;
   if (!can_serve) return {Kernel::kLibrary, 0, 0};
-  if (forced.rows > 0) return {forced.kernel, forced.rows, int(std::min<int64_t>(forced.splits, ceil_div(k, 64)))};
+  if (forced.rows > 0) return {forced.kernel, forced.rows, int(std::min<int64_t>(forced.splits, ceil_div(k, kTileK)))};
   const auto precision = is_16_bit ? Precision::k16Bit : allows_tf32 ? Precision::kTF32 : Precision::kFloat32;
   return select_tile({m, n, k, precision, transposed_w});
 }
@@ -2944,26 +2922,12 @@ void force_kernel(int kernel, int rows, int splits) { forced = {static_cast<Kern
 
 // ---------------------------------------------------------------------------- the operators on CUDA tensors
 
-extern "C" {  // The C interface
-const char* error_string(int error);
-int is_hopper(int device);
-int epilogue_forward(const void* z, void* out, int64_t numel, double scale, int dtype, int device, void* stream);
-int epilogue_backward(const void* grad, const void* z, void* dz, void* partial_sums, void* dbias, int64_t rows,
-                      int64_t cols, int64_t strips, double scale, int dtype, int device, void* stream);
-int64_t linear_hopper_scratch(int64_t m, int64_t n, int64_t k, int kernel);
-int linear_hopper(const void* x, const void* w, const void* bias, void* out, void* z, void* scratch, int64_t x_stride,
-                  int64_t w_stride, int64_t m, int64_t n, int64_t k, double scale, int dtype, int kernel,
-                  int transposed_w, int rows, int splits, int device, void* stream);
-int pad_rows(const void* from, void* to, int64_t from_stride, int64_t rows, int64_t k, int64_t to_stride,
-             int element_bytes, int device, void* stream);
-}
-
 namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// A DType; -1 for what the kernels do not have.
+// A DType; -1 for a dtype that the kernels do not support.
 int dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case at::kFloat:
@@ -2981,9 +2945,10 @@ int dtype_of(const Tensor& t) {
 
 // Calls a function of the C interface on a device and its current stream, which are its last two arguments.
 template <typename... Parameters, typename... Arguments>
-void launch(const char* name, int (*function)(Parameters...), c10::Device device, Arguments... arguments) {
+void call_on_stream(const char* name, int (*function)(Parameters...), c10::Device device, Arguments... arguments) {
   const c10::impl::VirtualGuardImpl cuda(device.type());
-  const int error = function(arguments..., device.index(), cuda.getStreamNativeHandle(cuda.getStream(device)));
+  const auto stream = static_cast<cudaStream_t>(cuda.getStreamNativeHandle(cuda.getStream(device)));
+  const int error = function(arguments..., device.index(), stream);
   TORCH_CHECK(error == 0,
               std::string(name) + " failed: CUDA error " + std::to_string(error) + ", " + error_string(error));
 }
@@ -3024,17 +2989,13 @@ bool allows_tf32() {
 // t as a matrix [M, its last size].
 Tensor as_rows(const Tensor& t) { return t.dim() == 2 ? t : t.dim() == 1 ? t.unsqueeze(0) : t.flatten(0, -2); }
 
-// Whether the rows of a matrix are contiguous, do not overlap, and eight rows are less than TMA's 2^40 bytes.
-bool has_rows(const Tensor& t) {
-  return t.stride(1) == 1 && t.stride(0) >= t.size(1) && t.stride(0) * t.element_size() < int64_t(1) << 37;
-}
-
-// Whether TMA can read the rows of a matrix: they begin at multiples of 16 bytes, too.
+// Whether TMA can read the rows of a matrix: they are contiguous, do not overlap, and begin at multiples of 16 bytes.
+// TMA takes strides below 2^40 bytes.
 bool has_aligned_rows(const Tensor& t) {
-  return has_rows(t) && t.stride(0) * t.element_size() % 16 == 0 && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
+  const int64_t row_bytes = t.stride(0) * t.element_size();
+  return t.stride(1) == 1 && t.stride(0) >= t.size(1) && row_bytes % 16 == 0 && row_bytes < int64_t(1) << 40 &&
+         reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
 }
-
-Tensor with_rows(const Tensor& t) { return has_rows(t) ? t : t.contiguous(); }
 
 // The sizes of a product with n columns, whose rows are those of x [..., K].
 std::vector<int64_t> product_sizes(const Tensor& x, int64_t n) {
@@ -3043,41 +3004,41 @@ std::vector<int64_t> product_sizes(const Tensor& x, int64_t n) {
   return sizes;
 }
 
-// A copy of a matrix that has rows, padded with zeros to multiples of 16 bytes.
+// A copy of a matrix whose rows are padded with zeros to multiples of 16 bytes.
 Tensor padded(const Tensor& t) {
-  const int64_t multiple = 16 / t.element_size(), cols = ceil_div(t.size(1), multiple) * multiple;
-  const Tensor copy = at::empty({t.size(0), cols}, t.options());
-  launch("pad_rows", pad_rows, t.device(), t.data_ptr(), copy.data_ptr(), t.stride(0), t.size(0), t.size(1), cols,
-         int(t.element_size()));
+  const int64_t multiple = 16 / t.element_size(), cols = round_up(t.size(1), multiple);
+  Tensor copy = at::empty({t.size(0), cols}, t.options());
+  copy.narrow(1, 0, t.size(1)).copy_(t);
+  if (cols > t.size(1)) copy.narrow(1, t.size(1), cols - t.size(1)).zero_();
   return copy;
 }
 
 // linear_hopper on operands that it can read. k: as far as products count, which may be less than the rows have.
 void launch_hopper(const Choice& choice, bool transposed_w, const Tensor& x, const Tensor& weight,
-                   const OptionalTensor& bias, const Tensor& out, const OptionalTensor& z, int64_t k, double scale) {
-  const int64_t m = x.size(0), n = out.size(-1);
+                   const OptionalTensor& bias, const OptionalTensor& out, const OptionalTensor& z, int64_t k,
+                   double scale) {
+  const int64_t m = x.size(0), n = weight.size(transposed_w ? 1 : 0);
   const auto data = [](const OptionalTensor& t) { return t ? t->data_ptr() : nullptr; };
+  const void* bias_data = bias ? bias->const_data_ptr() : nullptr;
   const int64_t scratch_bytes = linear_hopper_scratch(m, n, k, int(choice.kernel));
   OptionalTensor scratch;
   if (scratch_bytes > 0) scratch = at::empty({scratch_bytes}, x.options().dtype(at::kByte));
-  launch("linear_hopper", linear_hopper, x.device(), x.data_ptr(), weight.data_ptr(), data(bias), out.data_ptr(),
-         data(z), data(scratch), x.stride(0), weight.stride(0), m, n, k, scale, dtype_of(x), int(choice.kernel),
-         int(transposed_w), choice.rows, choice.splits);
+  call_on_stream("linear_hopper", linear_hopper, x.device(), x.const_data_ptr(), weight.const_data_ptr(), bias_data,
+                 data(out), data(z), data(scratch), x.stride(0), weight.stride(0), m, n, k, scale, dtype_of(x),
+                 int(choice.kernel), int(transposed_w), choice.rows, choice.splits);
 }
 
 // out and, where it is wanted, z by the fused kernel.
 std::tuple<Tensor, Tensor> forward_hopper(const Choice& choice, const Tensor& x_, const Tensor& weight_,
                                           const OptionalTensor& bias, double scale, bool with_z) {
-  Tensor x = with_rows(as_rows(x_)), weight = with_rows(weight_);
+  Tensor x = as_rows(x_), weight = weight_;
   const auto sizes = product_sizes(x_, weight.size(0));
   const Tensor out = at::empty(sizes, x.options());
   const OptionalTensor z = with_z ? OptionalTensor(at::empty(sizes, x.options())) : std::nullopt;
   // Float32 is read four numbers at a time, so that K is padded with the rows.
-  if (has_aligned_rows(weight) && (choice.kernel == Kernel::kWgmma16 || x.size(1) % 4 == 0)) {
-    if (!has_aligned_rows(x)) x = padded(x);
-  } else {
-    x = padded(x), weight = padded(weight);
-  }
+  const bool pads_k = choice.kernel != Kernel::kWgmma16 && x.size(1) % 4 != 0;
+  if (pads_k || !has_aligned_rows(x)) x = padded(x);
+  if (pads_k || !has_aligned_rows(weight)) weight = padded(weight);
   const int64_t k = std::min(x.size(1), weight.size(1));
   launch_hopper(choice, false, x, weight, bias ? OptionalTensor(bias->contiguous()) : bias, out, z, k, scale);
   return {out, z.value_or(Tensor())};
@@ -3086,13 +3047,14 @@ std::tuple<Tensor, Tensor> forward_hopper(const Choice& choice, const Tensor& x_
 // z by the library's GEMM, then the epilogue: in place where z is not wanted.
 std::tuple<Tensor, Tensor> forward_library(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                            double scale, bool with_z) {
-  // What nn.functional.linear does with a matrix x; it takes two kernels for some others, and rounds twice.
+  // As nn.functional.linear does with a matrix x. For some other shapes it takes two kernels, and rounds twice.
   const Tensor rows = as_rows(x), weight_t = weight.t();
   Tensor z = bias ? at::addmm(*bias, rows, weight_t) : at::mm(rows, weight_t);
-  // No view, which could not be changed in place with gradients.
+  // Autograd forbids changing a view that an operator has returned in place; an unsafe view is none.
   if (x.dim() != 2) z = at::_unsafe_view(z, product_sizes(x, weight.size(0)));
   const Tensor out = with_z ? at::empty_like(z) : z;
-  launch("epilogue_forward", epilogue_forward, z.device(), z.data_ptr(), out.data_ptr(), z.numel(), scale, dtype_of(z));
+  call_on_stream("epilogue_forward", epilogue_forward, z.device(), z.const_data_ptr(), out.data_ptr(), z.numel(), scale,
+                 dtype_of(z));
   return {out, z};
 }
 
@@ -3119,8 +3081,8 @@ std::tuple<Tensor, Tensor> backward_z_cuda(const Tensor& grad_, const Tensor& z_
   const int64_t strips = std::min<int64_t>(128, ceil_div(rows, 64));  // to fill the GPU with few partial sums
   const auto compute_type = z.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor partial_sums = at::empty({strips, cols}, z.options().dtype(compute_type));
-  launch("epilogue_backward", epilogue_backward, z.device(), grad.data_ptr(), z.data_ptr(), dz.data_ptr(),
-         partial_sums.data_ptr(), dbias.data_ptr(), rows, cols, strips, scale, dtype_of(z));
+  call_on_stream("epilogue_backward", epilogue_backward, z.device(), grad.const_data_ptr(), z.const_data_ptr(),
+                 dz.data_ptr(), partial_sums.data_ptr(), dbias.data_ptr(), rows, cols, strips, scale, dtype_of(z));
   return {dz, dbias};
 }
 
@@ -3132,11 +3094,11 @@ Tensor matmul_cuda(const Tensor& a, const Tensor& b) {
                            b.size(0), b.stride(1), /*transposed_w=*/true);
   if (choice.kernel != Kernel::kFp16x3) return at::matmul(a, b);
   const int64_t k = b.size(0);
-  Tensor rows = with_rows(as_rows(a));
+  Tensor rows = as_rows(a);
   if (!has_aligned_rows(rows) || k % 4 != 0) rows = padded(rows);
-  const Tensor out = at::empty(product_sizes(a, b.size(1)), a.options());
-  launch_hopper(choice, true, rows, b, {}, out, {}, k, 0.0);
-  return out;
+  const Tensor product = at::empty(product_sizes(a, b.size(1)), a.options());
+  launch_hopper(choice, true, rows, b, {}, {}, product, k, 0.0);
+  return product;
 }
 
 // ---------------------------------------------------------------------------- autograd

@@ -99,23 +99,10 @@ int linear_hopper(const void* x_, const void* w_, const void* bias_, void* out_,
         for (int64_t at = 0; at < k; ++at)
           sum += double(x[i * x_stride + at]) * double(w[transposed_w ? at * w_stride + j : j * w_stride + at]);
         if (z) z[i * n + j] = sum;
-        out[i * n + j] = sum + scale * sigmoid(sum);
+        if (out) out[i * n + j] = sum + scale * sigmoid(sum);
       }
     }
     return 0;
   });
-}
-
-int pad_rows(const void* from_, void* to_, int64_t from_stride, int64_t rows, int64_t k, int64_t to_stride,
-             int element_bytes, int, void*) {
-  const char* from = static_cast<const char*>(from_);
-  char* to = static_cast<char*>(to_);
-  const int64_t row_bytes = to_stride * element_bytes;
-  if (!is_multiple_of_16(to) || row_bytes % 16 != 0 || to_stride < k) return kInvalid;
-  for (int64_t i = 0; i < rows; ++i) {
-    std::memset(to + i * row_bytes, 0, row_bytes);
-    std::memcpy(to + i * row_bytes, from + i * from_stride * element_bytes, k * element_bytes);
-  }
-  return 0;
 }
 }
