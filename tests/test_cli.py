@@ -72,9 +72,6 @@ def test_each_dtype_and_precision(dtype, precision, limit, without_compile, caps
         *([option, path] for option in ("--json", "--export") for path in ("", ".", "no folder/file")),
         ["--dtype", "int8"],
         ["--precision", "low"],
-        ["--json"],
-        ["--unknown"],
-        ["extra"],
     ],
     ids=str,
 )
