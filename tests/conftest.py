@@ -51,39 +51,29 @@ def pytest_addoption(parser):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """The report: a row for each test function. A test that tries much in one go records how much as "tried"."""
+    """Writes the report: a row for each test function. One that tries much in one go records how much as "tried"."""
     if not config.getoption("--report"):
         return
-    tried, seconds, skipped, failures = Counter(), Counter(), Counter(), []
-    for outcome in ("passed", "failed", "error", "skipped"):
+    tried, seconds, failures = Counter(), Counter(), []
+    for outcome in ("passed", "failed", "error"):
         for report in terminalreporter.stats.get(outcome, ()):
             name = report.nodeid.partition("[")[0].removeprefix("tests/")
+            tried[name] += dict(report.user_properties).get("tried", 1)
             seconds[name] += report.duration
-            if outcome == "skipped":
-                skipped[name] += 1
-            else:
-                tried[name] += dict(report.user_properties).get("tried", 1)
-            if outcome in ("failed", "error"):
+            if outcome != "passed":
                 failures.append(f"- {report.nodeid}: {' '.join(report.longreprtext.split())[-300:]}")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    options = shlex.join(config.invocation_params.args)
-    lines = [
-        "# What was tried to break it",
-        "",
-        f"{tried.total()} tries, {len(failures)} failures. Written by",
-        "",
-        "```sh",
-    ]
-    lines += [
-        f"python -m pytest {options}",
-        "```",
-        "",
-        f"on {datetime.date.today()}, {device}, torch {torch.__version__}.",
-    ]
-    lines += ["", "| test | tried | skipped | seconds |", "| --- | ---: | ---: | ---: |"]
-    lines += [f"| {name} | {tried[name]} | {skipped[name]} | {seconds[name]:.1f} |" for name in seconds]
-    lines += ["", "## Failures", "", *(failures or ["None."])]
-    Path(config.getoption("--report")).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    command = shlex.join(["python", "-m", "pytest", *config.invocation_params.args])
+    rows = [f"| {name} | {tried[name]} | {seconds[name]:.1f} |" for name in seconds]
+    text = f"""# What was tried to break it
+
+{tried.total()} tries, {len(failures)} failures. Written by `{command}` on {datetime.date.today()}, torch
+{torch.__version__}, {pytest_report_header()}.
+
+| test | tried | seconds |
+| --- | ---: | ---: |
+"""
+    text += "\n".join([*rows, "", "## Failures", "", *(failures or ["None."])]) + "\n"
+    Path(config.getoption("--report")).write_text(text, encoding="utf-8")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])

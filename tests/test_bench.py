@@ -34,15 +34,13 @@ def test_one_command_writes_tables_and_figures_from_what_was_recorded(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == readme
     texts = {
-        path.name: " ".join(ElementTree.parse(path).getroot().itertext())
+        path.stem: " ".join(ElementTree.parse(path).getroot().itertext())
         for path in tmp_path.glob("docs/figures/*.svg")
     }
-    assert set(texts) == {
-        f"{name}.svg" for name in ("error-against-time", "grid", "ladder", "time-against-m", "where-time-goes")
-    }
+    assert set(texts) == {"error-against-time", "grid", "ladder", "time-against-m", "where-time-goes"}
     for name in ("eager", "torch.compile", "Triton tf32x3", "Triton bf16x6", "ModelNew (fp16x3)", "ModelNew float16"):
-        assert name in texts["error-against-time.svg"]
-    assert "8192" in texts["grid.svg"] and "three fp16 products" in texts["ladder.svg"]
+        assert name in texts["error-against-time"]
+    assert "8192" in texts["grid"] and "three fp16 products" in texts["ladder"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
@@ -78,48 +76,42 @@ def measure(monkeypatch):
         yield measure
 
 
-def rows_and_table(measure, section, marker):
+def rows_and_table(measure, section):
     from bench import tables
 
     arguments = measure.parse_arguments(["--shape", "9,256,130"])
     with torch.no_grad():
         rows, good = measure.SECTIONS[section](arguments)
     assert good
-    text = tables.fill(f"<!-- {marker} -->\n<!-- /{marker} -->\n", rows)
-    assert "some GPU" in text or section in ("host", "networks")
-    return rows, text
+    return rows, tables.fill(f"<!-- {section} -->\n<!-- /{section} -->\n", rows)
 
 
-def test_accuracy_grid(measure):
-    rows, text = rows_and_table(measure, "accuracy-grid", "accuracy-grid")
+def test_accuracy_grid(measure, monkeypatch):
+    """The table counts the errors that are worse than the library's: all of them, once ours are off by 2e-6."""
+    rows, text = rows_and_table(measure, "accuracy-grid")
     assert [r["shape"] for r in rows if r["name"] == "z"] == [[m, *kn] for kn in ((64, 32), (32, 64)) for m in (2, 5)]
     assert {r["name"] for r in rows} == {"z", "gradient of x", "gradient of W", "gradient of b"}
-    for row in rows:
-        assert len(row["errors"]) == 8
-        for ours, eager in row["errors"].values():
-            assert 0 <= ours < 1e-6 and 0 <= eager < 1e-6
-    assert "| z, positive | 4 |" in text and "| gradients, all | 24 |" in text
-
-
-def test_accuracy_grid_counts_what_is_worse(measure, monkeypatch):
+    errors = [error for row in rows for pair in row["errors"].values() for error in pair]
+    assert len(errors) == 2 * 8 * len(rows) and all(0 <= error < 1e-6 for error in errors)
+    assert "| z, positive | 4 |" in text and "| gradients, all | 24 |" in text and "some GPU" in text
     right = measure.linear_sigmoid_residual
     monkeypatch.setattr(measure, "linear_sigmoid_residual", lambda *layer: right(*layer) * (1 + 2e-6))
-    _, text = rows_and_table(measure, "accuracy-grid", "accuracy-grid")
+    _, text = rows_and_table(measure, "accuracy-grid")
     assert "| z, all | 32 | 0% | 32 |" in text and "| gradients, all | 24 | 0% | 24 |" in text
 
 
 def test_slow_data(measure):
-    rows, text = rows_and_table(measure, "slow-data", "slow-data")
+    rows, text = rows_and_table(measure, "slow-data")
     names = {r["name"] for r in rows}
     assert len(rows) == 2 * len(names) and {"one-hot x", "softmax(30·normal)", "all positive"} < names
     for row in rows:
         assert row["bit_identical"] and row["speedup"] == pytest.approx(row["library_ms"] / row["ms"])
         assert row["error_frobenius"] == row["library_error_frobenius"]  # on the CPU
-    assert "| one-hot x |" in text and "M = 9 | M = 3" in text
+    assert "| one-hot x |" in text and "M = 9 | M = 3" in text and "some GPU" in text
 
 
 @pytest.mark.parametrize("section", ["host", "networks"])
 def test_what_a_caller_waits_for(section, measure):
-    rows, text = rows_and_table(measure, section, section)
+    rows, text = rows_and_table(measure, section)
     assert {r["name"].partition(", ")[0] for r in rows} == {"eager", "ModelNew"} and all(r["ms"] > 0 for r in rows)
     assert "| forward + backward" in text and ("width 16" in text) == (section == "networks")
