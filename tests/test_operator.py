@@ -54,11 +54,6 @@ def test_opcheck_of_matmul(layer):
         opcheck(layer.operators.matmul.default, arguments)
 
 
-def test_meta_tensors_give_shape_and_dtype():
-    out = ModelNew(5, 4, 2.0).to("meta", torch.float16)(torch.empty(2, 3, 5, device="meta", dtype=torch.float16))
-    assert out.shape == (2, 3, 4) and out.dtype == torch.float16 and out.is_meta
-
-
 @pytest.mark.parametrize("context", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("requires_grad", [False, True])
 @each_layer_with_kernels
