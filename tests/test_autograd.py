@@ -1,15 +1,15 @@
 """First and second derivatives, and how autograd, forward-mode and torch.func see the operator."""
 
-import contextlib
 import itertools
 
 import pytest
 import torch
-from conftest import Operators, needs_cuda
+from conftest import needs_cuda
+from layers import each_layer, each_layer_with_kernels
 from reference import DTYPES, Expected, eager, poison, random_arguments
 from torch.autograd import forward_ad
 
-from model_new import linear_sigmoid_residual
+from model_new import linear_sigmoid_residual, select_tile
 
 pytestmark = pytest.mark.usefixtures("float32_sums")
 
@@ -19,23 +19,42 @@ def leaves(arguments, which=(True, True, True)):
     return *(t.clone().requires_grad_(wanted) for t, wanted in zip(tensors, which)), scale
 
 
+def small_leaves(layer, which=(True, True, True)):
+    return leaves(random_arguments((24, 40), 56, torch.float32, layer.device), which)
+
+
 @pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 5)])
 @pytest.mark.parametrize("scale", [2.0, -0.7])
-def test_first_and_second_derivatives_against_finite_differences(shape, scale, device):
-    arguments = leaves(random_arguments(shape, 3, torch.float64, device, scale))
-    assert torch.autograd.gradcheck(linear_sigmoid_residual, arguments)
-    assert torch.autograd.gradgradcheck(linear_sigmoid_residual, arguments)
+@each_layer
+def test_first_and_second_derivatives_against_finite_differences(shape, scale, layer):
+    arguments = leaves(random_arguments(shape, 3, torch.float64, layer.device, scale))
+    assert torch.autograd.gradcheck(layer.function, arguments, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(layer.function, arguments)
 
 
-def test_a_batch_of_gradients_at_once(device):
+@each_layer_with_kernels
+def test_second_derivatives_of_a_layer_that_a_kernel_serves(layer):
+    """The kernel's own products cannot be differentiated, and so do not serve a gradient that must be."""
+    x = torch.randn(4, 2048, device=layer.device, requires_grad=True)
+    assert select_tile("float32", 4, 2048, 1024)  # of dz and W
+    second = []
+    for model in layer.pair(2048, 1024):
+        (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        second.append(torch.autograd.grad(first.square().sum(), (x, *model.parameters())))
+    for eagers, ours in zip(*second):
+        torch.testing.assert_close(ours, eagers, rtol=1e-4, atol=1e-4 * eagers.abs().max().item())
+
+
+@each_layer
+def test_a_batch_of_gradients_at_once(layer):
     """As torch.autograd.functional.jacobian(vectorize=True) asks for them: tensors that have no memory of their own."""
-    arguments = leaves(random_arguments((4, 5), 3, torch.float32, device))
-    out = linear_sigmoid_residual(*arguments)
-    grads = torch.randn(7, *out.shape, device=device)
-    at_once = torch.autograd.grad(out, arguments[:3], grads, retain_graph=True, is_grads_batched=True)
-    singly = [torch.autograd.grad(out, arguments[:3], grad, retain_graph=True) for grad in grads]
-    for batch, gradients in zip(at_once, zip(*singly)):
-        torch.testing.assert_close(batch, torch.stack(gradients))
+    *tensors, scale = small_leaves(layer)
+    grads = torch.randn(7, 24, 56, device=layer.device)
+    ours, eagers = (
+        torch.autograd.grad(function(*tensors, scale), tensors, grads, is_grads_batched=True)
+        for function in (layer.function, eager)
+    )
+    torch.testing.assert_close(ours, eagers)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -51,73 +70,6 @@ def test_gradients_are_the_layers(shape, n, dtype, device):
     Expected(*arguments).check_gradients(grad, gradients)
 
 
-@pytest.mark.parametrize("which", [w for w in itertools.product([True, False], repeat=3) if any(w)])
-def test_only_the_gradients_asked_for(which, device):
-    arguments = random_arguments((6, 5), 4, torch.float32, device)
-    everything = leaves(arguments)
-    linear_sigmoid_residual(*everything).square().sum().backward()
-    some = leaves(arguments, which)
-    linear_sigmoid_residual(*some).square().sum().backward()
-    for wanted, tensor, reference in zip(which, some[:3], everything[:3]):
-        if wanted:
-            assert torch.equal(tensor.grad, reference.grad)
-        else:
-            assert tensor.grad is None
-
-
-@needs_cuda
-@pytest.mark.parametrize("wanted", [True, False])
-@pytest.mark.parametrize("context", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
-def test_z_is_made_only_for_a_backward(context, wanted):
-    """Which runs the fused operator once. (On the CPU: test_host.py.)"""
-    arguments = leaves(random_arguments((6, 5), 4, torch.float32, "cuda"), [wanted] * 3)
-    with Operators() as operators:
-        with context():
-            out = linear_sigmoid_residual(*arguments)
-        if out.requires_grad:
-            out.sum().backward()
-    assert out.requires_grad == (wanted and context is contextlib.nullcontext)
-    assert operators.names[:2] == (["forward_with_z", "backward_z"] if out.requires_grad else ["forward"])
-
-
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_without_gradient_nothing_is_recorded(context, device):
-    with context():
-        out = linear_sigmoid_residual(*leaves(random_arguments((6, 5), 4, torch.float32, device)))
-    assert not out.requires_grad and out.is_inference() == (context is torch.inference_mode)
-    assert linear_sigmoid_residual(*random_arguments((6, 5), 4, torch.float32, device)).grad_fn is None
-
-
-@pytest.mark.parametrize("changed", ["x", "weight"])
-def test_changing_an_argument_before_the_backward_raises_as_eager_does(changed, device):
-    x, weight, bias, scale = leaves(random_arguments((6, 5), 4, torch.float32, device))
-    out = linear_sigmoid_residual(x, weight, bias, scale)
-    with torch.no_grad():
-        (x if changed == "x" else weight).add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        out.sum().backward()
-
-
-def test_changing_the_output_does_not_change_the_gradient(device):
-    """The backward is computed from z, not from out, which is the caller's to change."""
-    arguments = leaves(random_arguments((6, 5), 4, torch.float32, device))
-    plain = torch.autograd.grad(linear_sigmoid_residual(*arguments).sum(), arguments[:3])
-    changed = torch.autograd.grad(linear_sigmoid_residual(*arguments).mul_(1).add_(5).sum(), arguments[:3])
-    for a, b in zip(plain, changed):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("layout", ["transposed", "expanded"])
-def test_a_gradient_of_any_layout(layout, device):
-    """Expanded it comes from out.sum(), with strides of 0."""
-    arguments = leaves(random_arguments((6, 5), 4, torch.float32, device))
-    grad = torch.randn(4, 6, device=device).t() if layout == "transposed" else torch.ones((), device=device)
-    grad, out = grad.expand(6, 4), linear_sigmoid_residual(*arguments)
-    gradients = torch.autograd.grad(out, arguments[:3], grad, retain_graph=True)
-    for a, b in zip(gradients, torch.autograd.grad(out, arguments[:3], grad.contiguous())):
-        torch.testing.assert_close(a, b)
-
-
 @needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_16_bit_bias_gradient_is_summed_in_float32(dtype):
@@ -131,12 +83,121 @@ def test_16_bit_bias_gradient_is_summed_in_float32(dtype):
     assert (bias_gradient == dz.to(dtype).sum(0)).float().mean() < 0.9  # columns do tell the two apart
 
 
+@needs_cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_is_deterministic(dtype):
+    arguments = leaves(random_arguments((1000, 136), 264, dtype, "cuda"))
+    grad = torch.randn(1000, 264, device="cuda").to(dtype)
+    first, *others = (torch.autograd.grad(linear_sigmoid_residual(*arguments), arguments[:3], grad) for _ in range(4))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "sliced"])
+@each_layer_with_kernels
+def test_backward_z_of_any_layout(layout, layer):
+    """z, and a gradient, which out.sum() gives with strides of 0, need not be contiguous."""
+    change = {
+        "transposed": lambda t: t.t(),
+        "expanded": lambda t: t[:1].expand(24, 16),
+        "sliced": lambda t: t[:, 3:13],
+    }[layout]
+    z, grad = (change(torch.randn(24, 16, dtype=torch.float64, device=layer.device)) for _ in range(2))
+    results = layer.operators.backward_z(grad, z, 2.0)
+    assert results[0].is_contiguous()
+    torch.testing.assert_close(results, layer.operators.backward_z(grad.contiguous(), z.contiguous(), 2.0))
+
+
+# what is saved
+
+
+def saved_bytes(function):
+    """Of the storages that a call keeps for its backward; and its result."""
+    storages = {}
+
+    def pack(t):
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = function()
+    return sum(storages.values()), out
+
+
+@pytest.mark.parametrize("wanted", [some for some in itertools.product([False, True], repeat=3) if any(some)], ids=str)
+@each_layer
+def test_no_more_is_saved_than_by_eager(wanted, layer):
+    """x only for W's gradient, W only for x's: a frozen one may change before the backward, as by an optimizer's step
+    with this batch in flight.
+    """
+    arguments = small_leaves(layer, wanted)
+    (ours, out), (eagers, expected) = (saved_bytes(lambda f=f: f(*arguments)) for f in (layer.function, eager))
+    assert ours <= eagers
+    with torch.no_grad():
+        for t, factor in zip(arguments[:2], arguments[1::-1]):
+            if not factor.requires_grad:
+                t.add_(1)
+    of = [t for t in arguments[:3] if t.requires_grad]
+    for a, b in zip(*(torch.autograd.grad(t.sum(), of) for t in (out, expected))):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("changed", ["x", "weight"])
+@each_layer
+def test_changing_an_argument_before_the_backward_raises_as_eager_does(changed, layer):
+    x, weight, bias, scale = small_leaves(layer)
+    out = layer.function(x, weight, bias, scale)
+    with torch.no_grad():
+        (x if changed == "x" else weight).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@each_layer
+def test_changing_the_output_does_not_change_the_gradient(layer):
+    """The backward is computed from z, not from out, which is the caller's to change."""
+    arguments = small_leaves(layer)
+    plain = torch.autograd.grad(layer.function(*arguments).sum(), arguments[:3])
+    changed = torch.autograd.grad(layer.function(*arguments).mul_(1).add_(5).sum(), arguments[:3])
+    assert all(map(torch.equal, plain, changed))
+
+
+@pytest.mark.parametrize("retain", [False, True])
+@each_layer_with_kernels
+def test_a_second_backward(retain, layer):
+    """It gives the same where the graph is kept, and else PyTorch's error. (The products then have z's memory, which
+    test_training_takes_no_more_memory_than_eager sees on a GPU.)
+    """
+    arguments = small_leaves(layer)
+    out = layer.function(*arguments).sum()
+    first = torch.autograd.grad(out, arguments[:3], retain_graph=retain)
+    if retain:
+        assert all(map(torch.equal, first, torch.autograd.grad(out, arguments[:3])))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out, arguments[:3])
+
+
+@each_layer_with_kernels
+def test_hooks_that_keep_what_is_saved_keep_it_unchanged(layer):
+    arguments, kept = small_leaves(layer), []
+
+    def pack(t):
+        kept.append((t, t.clone()))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = layer.function(*arguments)
+    torch.autograd.grad(out.sum(), arguments[:3])
+    assert len(kept) == 3 and all(torch.equal(t, before) for t, before in kept)
+
+
+# transforms
+
+
 TRANSFORMS = {
     "grad": lambda f, x, w, b: torch.func.grad(lambda w: f(x, w, b, 2.0).square().sum())(w),
-    "vjp": lambda f, x, w, b: torch.func.vjp(lambda w, b: f(x, w, b, 2.0), w, b)[1](x.new_ones(6, 24)),
     "jvp": lambda f, x, w, b: torch.func.jvp(lambda x: f(x, w, b, 2.0), (x,), (x,)),
     "jacrev": lambda f, x, w, b: torch.func.jacrev(lambda x: f(x, w, b, 2.0))(x[:2]),
-    "jacfwd": lambda f, x, w, b: torch.func.jacfwd(lambda b: f(x, w, b, 2.0))(b),
     "hessian": lambda f, x, w, b: torch.func.hessian(lambda b: f(x, w, b, 2.0).sum())(b),
     "vmap": lambda f, x, w, b: torch.func.vmap(lambda x: f(x, w, b, 2.0))(x),
     "gradients of each sample": lambda f, x, w, b: torch.func.vmap(
@@ -157,79 +218,12 @@ def forward_mode(function, x, weight, bias):
         return forward_ad.unpack_dual(out).tangent
 
 
-def assert_transform_is_eagers(transform, function, requires_grad, device):
-    """Of a layer function, with parameters that are constants of the transform where they are not what it is of."""
-    torch._dynamo.reset()
-    x, weight, bias, _ = random_arguments((6, 40), 24, torch.float32, device)
-    weight.requires_grad_(requires_grad)
-    torch.testing.assert_close(*(TRANSFORMS[transform](f, x, weight, bias) for f in (function, eager)))
-
-
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_transforms(transform, requires_grad, device):
-    assert_transform_is_eagers(transform, linear_sigmoid_residual, requires_grad, device)
-
-
-@needs_cuda
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_backward_is_deterministic(dtype):
-    arguments = leaves(random_arguments((1000, 136), 264, dtype, "cuda"))
-    grad = torch.randn(1000, 264, device="cuda").to(dtype)
-    first, *others = (torch.autograd.grad(linear_sigmoid_residual(*arguments), arguments[:3], grad) for _ in range(4))
-    for other in others:
-        assert all(torch.equal(a, b) for a, b in zip(first, other))
-
-
-@needs_cuda
-@pytest.mark.parametrize("layout", ["transposed", "expanded", "sliced"])
-def test_backward_z_of_any_layout(layout):
-    """The operator called directly on a z and a gradient that are not contiguous: contiguous, the same as on copies."""
-    z, grad = (torch.randn(24, 16, dtype=torch.float64, device="cuda") for _ in range(2))
-    change = {
-        "transposed": lambda t: t.t(),
-        "expanded": lambda t: t[:1].expand(24, 16),
-        "sliced": lambda t: t[:, 3:13],
-    }[layout]
-    z, grad = change(z), change(grad)
-    dz, dbias = torch.ops.linear_sigmoid_residual.backward_z(grad, z, 2.0)
-    copied = torch.ops.linear_sigmoid_residual.backward_z(grad.clone().contiguous(), z.clone().contiguous(), 2.0)
-    assert dz.is_contiguous()
-    torch.testing.assert_close((dz, dbias), copied)
-
-
-def saved_bytes(function):
-    """Of the storages that a call keeps for its backward; and its result."""
-    storages = {}
-
-    def pack(t):
-        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = function()
-    return sum(storages.values()), out
-
-
-WANTED = [wanted for wanted in itertools.product([False, True], repeat=3) if any(wanted)]
-
-
-def assert_saves_no_more_than_eager(function, wanted, device):
-    """x only for W's gradient, W only for x's: a frozen one may change before the backward, as by an optimizer's step
-    with this batch in flight.
-    """
-    arguments = leaves(random_arguments((24, 40), 56, torch.float32, device), wanted)
-    (ours, out), (eagers, expected) = (saved_bytes(lambda f=f: f(*arguments)) for f in (function, eager))
-    assert ours <= eagers
-    with torch.no_grad():
-        for t, factor in zip(arguments[:2], arguments[1::-1]):
-            if not factor.requires_grad:
-                t.add_(1)
-    of = [t for t in arguments[:3] if t.requires_grad]
-    for a, b in zip(*(torch.autograd.grad(t.sum(), of) for t in (out, expected))):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("wanted", WANTED, ids=str)
-def test_no_more_is_saved_than_by_eager(wanted, device):
-    assert_saves_no_more_than_eager(linear_sigmoid_residual, wanted, device)
+@each_layer
+def test_transforms(transform, requires_grad, layer):
+    """Of the layer's function, with parameters that are constants of the transform where they are not what it is of."""
+    torch._dynamo.reset()
+    x, weight, bias, _ = random_arguments((6, 40), 24, torch.float32, layer.device)
+    weight.requires_grad_(requires_grad)
+    torch.testing.assert_close(*(TRANSFORMS[transform](f, x, weight, bias) for f in (layer.function, eager)))

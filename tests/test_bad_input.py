@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import needs_cuda
+from layers import cpu, cuda, each_layer, each_layer_with_kernels
 from reference import DTYPES, eager
 from torch import nn
 
-from model_new import Model, ModelNew, linear_sigmoid_residual
+from model_new import Model, ModelNew
 
 
 def ones(*shape, dtype=torch.float32, device="cpu"):
@@ -33,8 +34,8 @@ def outcome(function, args, kwargs):
 
 
 def assert_as(reference, function, args, kwargs, words, tensors):
-    """A call does what `reference` does: it returns the same, or raises the same type in the same words; on a CUDA
-    device in `words` of its own, which name what came. With or without gradients; and the tensors stay as they are.
+    """A call does what `reference` does: it returns the same, or raises the same type in the same words, or in `words`,
+    which name what came. With or without gradients; and the tensors stay as they are.
     """
     tensors = [*tensors, *(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))]
     before = [state(t) for t in tensors]
@@ -45,23 +46,22 @@ def assert_as(reference, function, args, kwargs, words, tensors):
         assert kind is eagers, message or of_eager
         if kind is None:
             torch.testing.assert_close(value, expected, equal_nan=True)
-        elif any(t.is_cuda for t in tensors) and words:
+        elif words:
             assert all(word in message for word in words), message
         else:
             assert message.replace("ModelNew", "Model") == of_eager
     assert [state(t) for t in tensors] == before
 
 
-def assert_module_as_model(device, args, kwargs, words=(), dtype=torch.float32, scale=2.0):
-    """That; and the module still gives the bits it gave before."""
-    reference, new = (kind(3, 4, 2.0).to(device, dtype) for kind in (Model, ModelNew))
-    new.load_state_dict(reference.state_dict())
-    x = torch.randn(2, 3).to(device, dtype)
+def assert_module_as_model(layer, args, kwargs, words=(), dtype=torch.float32, scale=2.0):
+    """That, in `words` where kernels.cu has the operator; and the module still gives the bits it gave before."""
+    reference, new = layer.pair(3, 4, dtype=dtype)
+    x = torch.randn(2, 3).to(layer.device, dtype)
     new(x).sum().backward()
     before, attributes = new(x), {**vars(new)}
     reference.scaling_factor = new.scaling_factor = scale
     tensors = [*new.parameters(), *(p.grad for p in new.parameters())]
-    assert_as(reference, new, args, kwargs, words, tensors)
+    assert_as(reference, new, args, kwargs, words if layer.has_kernels else (), tensors)
     new.scaling_factor = 2.0
     assert vars(new) == attributes and list(new.state_dict()) == ["gemm.weight", "gemm.bias"]
     assert torch.equal(new(x), before)
@@ -76,43 +76,45 @@ WRONG_DTYPES += [torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.f
 
 
 @pytest.mark.parametrize("x", NOT_TENSORS, ids=lambda x: type(x).__name__)
-def test_not_a_tensor(x, device):
-    assert_module_as_model(device, (x,), {})
+@each_layer
+def test_not_a_tensor(x, layer):
+    assert_module_as_model(layer, (x,), {})
 
 
 @pytest.mark.parametrize("shape", WRONG_SHAPES, ids=str)
-def test_features(shape, device):
+@each_layer
+def test_features(shape, layer):
     words = [f"({math.prod(shape[:-1])}x{shape[-1]} and 3x4)", f"x {list(shape)} torch.float32", "weight [4, 3]"]
-    assert_module_as_model(device, (ones(*shape, device=device),), {}, words)
+    assert_module_as_model(layer, (ones(*shape, device=layer.device),), {}, words)
 
 
-def test_no_dimension(device):
-    assert_module_as_model(device, (ones(device=device),), {}, ["expected x [..., K]", "x [] torch.float32"])
+@each_layer
+def test_no_dimension(layer):
+    assert_module_as_model(layer, (ones(device=layer.device),), {}, ["expected x [..., K]", "x [] torch.float32"])
 
 
 @pytest.mark.parametrize(
     "dtype, of_x", [*itertools.permutations(DTYPES, 2), *((torch.float32, wrong) for wrong in WRONG_DTYPES)], ids=str
 )
-def test_another_dtype_than_the_modules(dtype, of_x, device):
+@each_layer
+def test_another_dtype_than_the_modules(dtype, of_x, layer):
     words = ["must have the same dtype", f"x [2, 3] {of_x}", f"weight [4, 3] {dtype}", f"bias [4] {dtype}"]
-    assert_module_as_model(device, (ones(2, 3, dtype=of_x, device=device),), {}, words, dtype=dtype)
+    assert_module_as_model(layer, (ones(2, 3, dtype=of_x, device=layer.device),), {}, words, dtype=dtype)
 
 
-@pytest.mark.parametrize(
-    "of_x, of_module",
-    [("meta", "cpu"), *(pytest.param(*pair, marks=needs_cuda) for pair in itertools.permutations(["cpu", "cuda"], 2))],
-)
-def test_another_device_than_the_modules(of_x, of_module):
-    words = ["on the same device", f"x [2, 3] torch.float32 on {of_x}", f"weight [4, 3] torch.float32 on {of_module}"]
-    assert_module_as_model(of_module, (ones(2, 3, device=of_x),), {}, words)
+@pytest.mark.parametrize("layer, of_x", [(cpu, "meta"), pytest.param(cuda, "cpu", marks=needs_cuda)])
+def test_another_device_than_the_modules(layer, of_x):
+    words = ["on the same device", f"x [2, 3] torch.float32 on {of_x}", "weight [4, 3] torch.float32 on cuda"]
+    assert_module_as_model(layer, (ones(2, 3, device=of_x),), {}, words)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
 @pytest.mark.parametrize("features", [3, 5])
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
-def test_sparse(layout, features, device):
+@each_layer
+def test_sparse(layout, features, layer):
     """Eager multiplies such an x, if the shapes fit."""
-    assert_module_as_model(device, (ones(2, features, device=device).to_sparse(layout=layout),), {})
+    assert_module_as_model(layer, (ones(2, features, device=layer.device).to_sparse(layout=layout),), {})
 
 
 CALLS = [
@@ -126,7 +128,7 @@ CALLS = [
 
 @pytest.mark.parametrize("args, kwargs", CALLS, ids=range(len(CALLS)))
 def test_arguments_of_the_call(args, kwargs):
-    assert_module_as_model("cpu", args, kwargs)
+    assert_module_as_model(cpu, args, kwargs)
 
 
 SCALES = ["2", b"2", None, [2.0], (2.0,), {}, 2j, 10**400, 2**60, True, np.float64(2), np.float32(2), np.int64(2)]
@@ -134,19 +136,10 @@ SCALES += [ones(), ones(4), ones(2, 4), ones(2), ones() * 1j]
 
 
 @pytest.mark.parametrize("scale", SCALES, ids=lambda s: f"{type(s).__name__}{list(getattr(s, 'shape', []))}")
-def test_scale(scale, device):
+@each_layer
+def test_scale(scale, layer):
     """Whatever it is, as Model has it: a result, or its error."""
-    assert_module_as_model(device, (ones(2, 3, device=device),), {}, scale=scale)
-
-
-def test_a_scale_that_wants_a_gradient(device):
-    x, weight, bias = ones(2, 3, device=device), ones(4, 3, device=device), ones(4, device=device)
-    gradients = []
-    for function in (eager, linear_sigmoid_residual):
-        scale = torch.tensor(2.0, device=device, requires_grad=True)
-        function(x, weight, bias, scale).sum().backward()
-        gradients.append(scale.grad)
-    assert torch.equal(*gradients)
+    assert_module_as_model(layer, (ones(2, 3, device=layer.device),), {}, scale=scale)
 
 
 # the operator: weight, bias, words
@@ -174,32 +167,27 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_tensors_of_the_operator(case, device):
+@each_layer
+def test_tensors_of_the_operator(case, layer):
     *others, words = WRONG[case]
-    args = [t.to(device) if isinstance(t, torch.Tensor) else t for t in (ones(2, 3), *others)]
-    assert_as(eager, linear_sigmoid_residual, (*args, 2.0), {}, words, ())
+    args = [t.to(layer.device) if isinstance(t, torch.Tensor) else t for t in (ones(2, 3), *others)]
+    assert_as(eager, layer.function, (*args, 2.0), {}, words if layer.has_kernels else (), ())
 
 
-@needs_cuda
 @pytest.mark.parametrize("bias", [ones(), ones(1, 4), ones(2, 4)], ids=lambda bias: str(list(bias.shape)))
-def test_a_bias_that_only_eager_takes(bias):
+@each_layer_with_kernels
+def test_a_bias_that_only_eager_takes(bias, layer):
+    x, weight, bias = (t.to(layer.device) for t in (ones(2, 3), ones(4, 3), bias))
     with pytest.raises(RuntimeError, match=r"expected x .* and bias \[N\]"):
-        linear_sigmoid_residual(ones(2, 3).cuda(), ones(4, 3).cuda(), bias.cuda(), 2.0)
+        layer.function(x, weight, bias, 2.0)
 
 
-@pytest.mark.parametrize("dtype", [d for d in WRONG_DTYPES if d.itemsize != 1 or not d.is_floating_point], ids=str)
-def test_a_dtype_that_all_share(dtype):
-    """On the CPU as eager: integers are multiplied, others refused."""
-    args = (ones(2, 3, dtype=dtype), ones(4, 3, dtype=dtype), ones(4, dtype=dtype), 2.0)
-    assert_as(eager, linear_sigmoid_residual, args, {}, (), ())
-
-
-@needs_cuda
 @pytest.mark.parametrize("dtype", WRONG_DTYPES, ids=str)
-def test_a_dtype_that_no_kernel_has(dtype):
-    args = (ones(*shape, dtype=dtype, device="cuda") for shape in ((2, 3), (4, 3), (4,)))
+@each_layer_with_kernels
+def test_a_dtype_that_no_kernel_has(dtype, layer):
+    args = (ones(*shape, dtype=dtype, device=layer.device) for shape in ((2, 3), (4, 3), (4,)))
     with pytest.raises(RuntimeError, match=f"not implemented for .*{dtype}"):
-        linear_sigmoid_residual(*args, 2.0)
+        layer.function(*args, 2.0)
 
 
 # the constructor
