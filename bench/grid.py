@@ -50,7 +50,6 @@ PRECISIONS = {
 }
 ROWS = 1, 3, 16, 64, 128, 257, 512, 1024, 2048, 4096, 8192  # M
 SIZES = (8192, 8192), (1024, 512), (768, 3072), (4096, 11008), (11008, 4096), (8191, 8193)  # K, N
-CONTENDERS = "eager", "ModelNew"
 
 DEVICE = "cuda"
 BUDGET_MS = 25  # of timed work for each contender and way of timing, within these numbers of repeats:
@@ -132,9 +131,7 @@ def device_times(replays):
 def host_times(functions, device_ms):
     """{name: median ms per call} of plain calls; device_ms: {name: ms on the device}, which sizes the blocks."""
     calls = {name: math.ceil(BLOCK_MS / max(device_ms[name], SHORTEST_MS)) for name in functions}
-    samplers = {
-        name: functools.partial(block_milliseconds, function, calls[name]) for name, function in functions.items()
-    }
+    samplers = {name: functools.partial(block_milliseconds, f, calls[name]) for name, f in functions.items()}
     samples = samples_in_turns(samplers, 0 if min(device_ms.values()) >= HIDDEN_MS else BUDGET_MS)
     return {name: statistics.median(samples[name]) / calls[name] for name in functions}
 
@@ -151,17 +148,17 @@ def copy_bytes_per_second():
 
 
 def layer_pair(k, n, dtype):
-    """{contender: module} with the same parameters, drawn on the device."""
+    """{name: module} with the same parameters, drawn on the device."""
     with torch.device(DEVICE):
-        pair = Model(k, n, scaling_factor).to(dtype), ModelNew(k, n, scaling_factor)
-    pair[1].gemm = pair[0].gemm
-    return dict(zip(CONTENDERS, pair))
+        eager, new = Model(k, n, scaling_factor).to(dtype), ModelNew(k, n, scaling_factor)
+    new.gemm = eager.gemm
+    return {"eager": eager, "ModelNew": new}
 
 
 def measure(precision, x, layers, copy_rate):
     """The two rows of a cell: x [M, K], layers as from `layer_pair`."""
     (m, k), gemm = x.shape, layers["ModelNew"].gemm
-    n = gemm.weight.shape[0]
+    n = gemm.out_features
     functions = {name: functools.partial(layer, x) for name, layer in layers.items()}
     graphs = {name: captured(function) for name, function in functions.items()}
     index = checked_rows(m, k, n).to(x.device)
@@ -178,8 +175,7 @@ def measure(precision, x, layers, copy_rate):
         values |= {"roofline_ms": least, "of_roofline": least / ms, "rows_checked": len(index)}
         values |= {"error_frobenius": errors[name][0], "error_componentwise": errors[name][1]}
         values |= {"kernel": select_kernel(x, gemm.weight, gemm.bias) if name == "ModelNew" else None}
-        values |= {"dtype": str(x.dtype).removeprefix("torch.")}
-        rows.append(row("grid", name, (m, k, n), setting, **values))
+        rows.append(row("grid", name, (m, k, n), setting, str(x.dtype).removeprefix("torch."), **values))
     return rows
 
 

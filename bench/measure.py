@@ -158,6 +158,7 @@ def report(arguments, section, values, kernel, dtype="float32", key="ms", title=
 
 
 def time_rows(arguments, section, dtype, yardstick):
+    """The rows of one dtype; yardstick: as of `compare`."""
     eager, new, x = problem(arguments.shape, getattr(torch, dtype))
     candidates, layer = contenders(arguments.precision, eager, new, x), (x, *new.parameters())
 
