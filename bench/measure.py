@@ -247,9 +247,8 @@ def accuracy_grid_section(arguments):
         for kind, x, weight, _ in kinds(max(GRID_ROWS), k, n, DEVICE):
             exact, no_bias = x.double() @ weight.double().t(), weight.new_zeros(n)
             for m, errors in found.items():
-                ours = linear_sigmoid_residual(x[:m], weight, no_bias, 0.0)
-                library = nn.functional.linear(x[:m], weight, no_bias)
-                errors[kind] = [relative_error(out, exact[:m]) for out in (ours, library)]
+                outputs = [layer(x[:m], weight, no_bias, 0.0) for layer in (linear_sigmoid_residual, eager_layer)]
+                errors[kind] = [relative_error(out, exact[:m]) for out in outputs]
         rows += [row("accuracy-grid", "z", (m, k, n), kernel="fp16x3", errors=errors) for m, errors in found.items()]
     print_grid("z of fp16x3, SGEMM's", rows)
     gradients = []
@@ -258,10 +257,8 @@ def accuracy_grid_section(arguments):
         for kind, x, weight, grad in kinds(m, k, n, DEVICE):
             leaves = [t.requires_grad_() for t in (x, weight, torch.zeros(n, device=DEVICE))]
             with torch.enable_grad():
-                ours = linear_sigmoid_residual(*leaves, SCALE)
-                z = nn.functional.linear(*leaves)
-                eager = torch.sigmoid(z) * SCALE + z
-            both = [torch.autograd.grad(out, leaves, grad) for out in (ours, eager)]
+                outputs = [layer(*leaves, SCALE) for layer in (linear_sigmoid_residual, eager_layer)]
+            both = [torch.autograd.grad(out, leaves, grad) for out in outputs]
             for name, exact, *pair in zip(found, exact_gradients(*leaves, grad), *both):
                 found[name][kind] = [relative_error(t, exact) for t in pair]
         gradients += [row("accuracy-grid", name, (m, k, n), errors=errors) for name, errors in found.items()]
