@@ -15,31 +15,25 @@ from pathlib import Path
 from tables import companion, results_path
 
 
-def measurements(results):
-    """The commands that write this results file and those beside it."""
-    measure = ["measure.py", "--output"]
-    return [
-        [*measure, results],
-        [*measure, companion(results, "high"), "--precision", "high", "--sections", "time,slow-data,energy"],
-        ["grid.py", "--output", companion(results, "grid")],
-    ]
-
-
 def main(argv=None):
     """Exit status 0, or 1 where a command failed; the commands after it run all the same."""
     parser = argparse.ArgumentParser(prog="bench/all.py", description=__doc__.splitlines()[0])
     parser.add_argument("--from-recorded", action="store_true", help="measure nothing")
     parser.add_argument("--results", type=Path, metavar="FILE", help="default bench/results/<gpu>.json")
     arguments = parser.parse_args(argv)
-    results = arguments.results
+    results, commands = arguments.results or results_path(), []
     if not arguments.from_recorded:
         import torch  # only here: tables and figures do without
 
         if not torch.cuda.is_available():
             parser.error("PyTorch sees no CUDA device here; --from-recorded works without one")
-        results = results or results_path(torch.cuda.get_device_name())
-    results = results or results_path()
-    commands = [] if arguments.from_recorded else measurements(results)
+        results = arguments.results or results_path(torch.cuda.get_device_name())
+        high = "--precision", "high", "--sections", "time,slow-data,energy"
+        commands = [
+            ["measure.py", "--output", results],
+            ["measure.py", "--output", companion(results, "high"), *high],
+            ["grid.py", "--output", companion(results, "grid")],
+        ]
     commands += [[script, "--results", results] for script in ("tables.py", "figures.py")]
     failed = []
     for number, (script, *options) in enumerate(commands, 1):

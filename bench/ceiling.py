@@ -62,14 +62,9 @@ def build(folder):
     assert found
     source, library = Path(folder, "ceiling.cu"), Path(folder, "ceiling.so")
     source.write_text(wrappers + KERNEL.replace("PRODUCTS", str(PRODUCTS)), encoding="utf-8")
-    nvcc = [
-        f"{model_new.find_cuda_home(['90a'])}/bin/nvcc",
-        "-O3",
-        "-gencode=arch=compute_90a,code=sm_90a",
-        "-shared",
-        "-w",
-    ]
-    subprocess.run([*nvcc, "-cudart=none", "-Xcompiler=-fPIC", "-o", library, source], check=True)
+    options = ["-O3", "-gencode=arch=compute_90a,code=sm_90a", "-shared", "-w", "-cudart=none", "-Xcompiler=-fPIC"]
+    nvcc = f"{model_new.find_cuda_home(['90a'])}/bin/nvcc"
+    subprocess.run([nvcc, *options, "-o", library, source], check=True)
     return ctypes.CDLL(library)
 
 
@@ -79,7 +74,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         library = build(folder)
     blocks, to = torch.cuda.get_device_properties().multi_processor_count, torch.empty(256, device="cuda")
-    pointer, number = ctypes.c_void_p, ctypes.c_int
+    flop, pointer, number = ROUNDS * PRODUCTS * blocks * BLOCK_FLOP, ctypes.c_void_p, ctypes.c_int
     library.launch.argtypes = [number, pointer, pointer, number, number, pointer]
     print(model_new._environment())
     for dtype in (torch.float16, torch.bfloat16):
@@ -89,7 +84,6 @@ def main():
             arguments = dtype == torch.bfloat16, operands.data_ptr(), to.data_ptr(), ROUNDS, blocks, stream
             assert library.launch(*arguments) == 0
             found = steady(lambda arguments=arguments: library.launch(*arguments))
-            flop = ROUNDS * PRODUCTS * blocks * BLOCK_FLOP
             energy = (found["millijoules"] or float("nan")) * 2 * 1024 * 8192 * 8192 / flop
             clock, power = found["sm_clock_mhz"], found["power_w"]
             print(f"{dtype}, {name}: {flop / found['ms'] / 1e9:.0f} TFLOP/s, {energy:.0f} mJ, {clock} MHz, {power} W")

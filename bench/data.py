@@ -45,6 +45,10 @@ def data_sets(rows, k, n, device):
     def columns(count):
         return permutation(k)[:count]
 
+    def factors(columns, value):
+        """[k]: the value for these columns, 1 for the others."""
+        return torch.ones(k, device=device).index_fill_(0, columns, value)
+
     def one_of(choices, height):
         """[height, 1]: one of the given columns for each row."""
         return choices[(uniform(height, 1) * len(choices)).long()]
@@ -54,9 +58,7 @@ def data_sets(rows, k, n, device):
 
     def outlier_in_x(value, weight_there):
         x, w, special = uniform(rows, k), linear_init(), columns(8)
-        x.scatter_(1, one_of(special, rows), value)
-        w[:, special] = weight_there
-        return x, w
+        return x.scatter_(1, one_of(special, rows), value), w.index_fill_(1, special, weight_there)
 
     def cancelling(difference):
         a, b = normal(rows, k // 2), normal(n, k // 2)
@@ -66,38 +68,26 @@ def data_sets(rows, k, n, device):
 
     yield "uniform x, Linear's init", uniform(rows, k), linear_init()
     yield "normal, normal", normal(rows, k), normal(n, k)
-    x = normal(rows, k)
-    x[:, columns(8)] *= 1000
-    yield "normal, 8 columns of x ×1000", x, normal(n, k)
-    wide = [normal(*shape) * 10 ** uniform(*shape, low=-6, high=6) for shape in ((rows, k), (n, k))]
-    yield "normal·10^U(-6,6), both", *wide
+    yield "normal, 8 columns of x ×1000", normal(rows, k) * factors(columns(8), 1000.0), normal(n, k)
+    both = (rows, k), (n, k)
+    yield "normal·10^U(-6,6), both", *(normal(*shape) * 10 ** uniform(*shape, low=-6, high=6) for shape in both)
     yield "cancelling halves (1e-4)", *cancelling(1e-4)
     yield "cancelling halves (1e-6)", *cancelling(1e-6)
-    for name, of_x, of_w in (
-        ("normal·1e-18, both", 1e-18, 1e-18),
-        ("normal·1e15, both", 1e15, 1e15),
-        ("normal·1e-18, normal·1e15", 1e-18, 1e15),
-    ):
-        yield name, normal(rows, k) * of_x, normal(n, k) * of_w
+    yield "normal·1e-18, both", normal(rows, k) * 1e-18, normal(n, k) * 1e-18
+    yield "normal·1e15, both", normal(rows, k) * 1e15, normal(n, k) * 1e15
+    yield "normal·1e-18, normal·1e15", normal(rows, k) * 1e-18, normal(n, k) * 1e15
     yield "one 3e4 per x row, w 1e-7 there", *outlier_in_x(3e4, 1e-7)
 
     for large, there in (("1e8", "0"), ("1e8", "1e-10"), ("1e20", "0")):
         yield f"one {large} per x row, w {there} there", *outlier_in_x(float(large), float(there))
     for factor in ("1e6", "1e20"):
-        x, w, special = normal(rows, k), normal(n, k), columns(9)
-        x[:, special] *= float(factor)
-        w[:, special] = 0
-        yield f"9 columns of x ×{factor}, w 0 there", x, w
+        special, name = columns(9), f"9 columns of x ×{factor}, w 0 there"
+        yield name, normal(rows, k) * factors(special, float(factor)), normal(n, k).index_fill_(1, special, 0)
     x, w, special = normal(rows, k), normal(n, k), columns(8)
-    w.scatter_(1, one_of(special, n), 1e6)
-    x[:, special] = 0
-    yield "one 1e6 per w row, x 0 there", x, w
-    x, w = normal(rows, k), normal(n, k)
-    w[:, ::64] *= 1e9
-    x[:, ::64] = 0
-    yield "every 64th w ×1e9, x 0 there", x, w
-    heavy = [normal(*shape) * (3 * normal(*shape)).exp() for shape in ((rows, k), (n, k))]
-    yield "log-normal, σ = 3, both", *heavy
+    yield "one 1e6 per w row, x 0 there", x.index_fill_(1, special, 0), w.scatter_(1, one_of(special, n), 1e6)
+    x, w, special = normal(rows, k), normal(n, k), torch.arange(0, k, 64, device=device)
+    yield "every 64th w ×1e9, x 0 there", x.index_fill_(1, special, 0), w * factors(special, 1e9)
+    yield "log-normal, σ = 3, both", *(normal(*shape) * (3 * normal(*shape)).exp() for shape in both)
     scales = 10 ** uniform(rows, 1, low=-15, high=15), 10 ** uniform(n, 1, low=-15, high=15)
     yield "rows ·10^U(-15,15), both", normal(rows, k) * scales[0], normal(n, k) * scales[1]
     grade = torch.exp2(-40 * torch.arange(k, device=device) / k)
@@ -107,14 +97,12 @@ def data_sets(rows, k, n, device):
     one = torch.zeros(rows, k, device=device).scatter_(1, one_of(columns(k), rows), 1.0)
     yield "one nonzero per x row", one * normal(rows, 1), normal(n, k)
     for count in (8, 100):
-        x = torch.zeros(rows, k, device=device)
-        special = columns(count)
+        x, special = torch.zeros(rows, k, device=device), columns(count)
         x[:, special] = normal(rows, len(special))
         yield f"{count} nonzero columns of x", x, normal(n, k)
     yield "all positive", uniform(rows, k), uniform(n, k)
     # fp16 rounds 1 + 2^-11 - ε down to 1: every low part is as large as can be, and positive.
-    low_parts = [1 + 2**-11 * (1 - 0.01 * uniform(*shape)) for shape in ((rows, k), (n, k))]
-    yield "largest low parts", *low_parts
+    yield "largest low parts", *(1 + 2**-11 * (1 - 0.01 * uniform(*shape)) for shape in both)
     yield "denormal x (1e-40), w ·1e3", normal(rows, k) * 1e-40, normal(n, k) * 1e3
 
 
@@ -129,9 +117,8 @@ def everyday_sets(rows, k, n, device):
     x[:, :64] = 1.7e9 + normal(rows, 64)
     w[:, :64] = 0
     yield "64 timestamp columns, w 0 there", x, w
-    waves = torch.sin(
-        torch.linspace(0, 2 * math.pi, k, device=device) * (1 + torch.arange(rows, device=device) % 7)[:, None]
-    )
+    frequencies = 1 + torch.arange(rows, device=device) % 7
+    waves = torch.sin(torch.linspace(0, 2 * math.pi, k, device=device) * frequencies[:, None])
     w = torch.zeros(n, k, device=device)
     for shift, coefficient in ((0, -2.0), (1, 1.0), (-1, 1.0)):
         w.scatter_(1, ((at + shift) % k)[:, None], coefficient)

@@ -34,17 +34,15 @@ INK = "#0d1117"  # on the grid's cells: its contrast is at least 4.5 on each of 
 SPEEDUPS = 4.0  # the colours of the grid end at this speedup and its inverse; they are 33, so that 1 is within one
 COLORS = LinearSegmentedColormap.from_list("speedup", ("#d4651a", "#dfe3e8", "#2f81f7"), N=33)
 CORNERS = ("◥", 1, -1), ("◤", -1, -1), ("◢", 1, 1), ("◣", -1, 1)  # of a cell: what tells its kernel; x and y's signs
+BURST = "time in a burst, ms"
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "linear-sigmoid-residual",  # the default is random
     "font.size": 9,
-    "text.color": TEXT,
-    "axes.labelcolor": TEXT,
-    "axes.edgecolor": TEXT,
-    "xtick.color": TEXT,
-    "ytick.color": TEXT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), TEXT),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
     "axes.axisbelow": True,
 }
 
@@ -52,6 +50,17 @@ STYLE = {
 def beside(axes, text, x, y, color, left=False, gap=9, dy=0, **style):
     position = {"xytext": (-gap if left else gap, dy), "textcoords": "offset points", "ha": "right" if left else "left"}
     axes.annotate(text, (x, y), va="center", color=color, **position, **style)
+
+
+def log_log(height, across, title):
+    """A figure and its axes; height: in inches."""
+    figure = Figure(figsize=(8.4, height), layout="constrained")
+    axes = figure.add_subplot(xscale="log", yscale="log", title=title)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(color=GRID)
+    axes.set_xlabel(f"{across} (log scale)")
+    return figure, axes
 
 
 LABELS = {  # name, precision or dtype: (label, whether it is to the left, points above)
@@ -70,8 +79,8 @@ LABELS = {  # name, precision or dtype: (label, whether it is to the left, point
 
 
 def error_against_time(rows):
-    figure = Figure(figsize=(8.4, 4.6), layout="constrained")
-    axes = figure.add_subplot(xscale="log", yscale="log")
+    title = "{gpu}, M, K, N = {shape}; float32 'highest' if not said".format(**rows[0])
+    figure, axes = log_log(4.6, BURST, title)
     for row in rows:
         ours, (text, *place) = row["name"] == "ModelNew", LABELS[row["name"], kind(row)]
         color, point = BLUE if ours else TEXT, (row["ms"], row["error_frobenius"])
@@ -82,26 +91,19 @@ def error_against_time(rows):
     axes.xaxis.set_major_locator(FixedLocator((0.1, 0.2, 0.3, 0.5, 1, 2, 3)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter(lambda value, _: f"1e{round(math.log10(value))}")
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(color=GRID)
-    axes.set_xlabel("time in a burst, ms (log scale)")
     axes.set_ylabel("relative error against float64,\nFrobenius norm (log scale)")
-    axes.set_title("{gpu}, M, K, N = {shape}; float32 'highest' if not said".format(**rows[0]), fontsize=9, loc="left")
     return figure
 
 
 def time_against_m(cells):
     """Of 8192 × 8192, float32, with the roofline."""
-    figure = Figure(figsize=(8.4, 4.2), layout="constrained")
-    axes = figure.add_subplot(xscale="log", yscale="log")
+    title = "{gpu}, K = N = 8192, float32 'highest'; dashed: the roofline".format(**cells[0])
+    figure, axes = log_log(4.2, "M, rows of x", title)
     ms = sorted({row["shape"][0] for row in cells})
-    for name, color, mark in (("eager", TEXT, "o"), ("ModelNew", BLUE, "D")):
+    for name, color, mark, left, dy in (("eager", TEXT, "o", True, 4), ("ModelNew", BLUE, "D", False, -6)):
         times = [next(row["ms"] for row in cells if (row["name"], row["shape"][0]) == (name, m)) for m in ms]
         axes.plot(ms, times, color=color, marker=mark, ms=5)
-        beside(
-            axes, name, ms[-3], times[-3], color, left=name == "eager", weight="bold", dy=4 if name == "eager" else -6
-        )
+        beside(axes, name, ms[-3], times[-3], color, left, dy=dy, weight="bold")
     products = [PRODUCTS_MS * m / 1024 for m in ms]
     reading = 4 * 8192 * 8192 / BANDWIDTH * 1e3
     turn = 1024 * reading / PRODUCTS_MS
@@ -109,16 +111,9 @@ def time_against_m(cells):
     beside(axes, "reading W", ms[0], reading, GREEN, gap=2, dy=-9)
     beside(axes, "three fp16 products", 400, PRODUCTS_MS * 400 / 1024, GREEN, dy=-6)
     axes.set_xticks(ms, ms)
-    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylim(0.03)
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(color=GRID)
-    axes.set_xlabel("M, rows of x (log scale)")
-    axes.set_ylabel("time in a burst, ms (log scale)")
-    axes.set_title(
-        "{gpu}, K = N = 8192, float32 'highest'; dashed: the roofline".format(**cells[0]), fontsize=9, loc="left"
-    )
+    axes.set_ylabel(f"{BURST} (log scale)")
     return figure
 
 
@@ -154,7 +149,7 @@ def ladder(steps):
     cut, end = 1.06 * longest, 1.13 * longest  # where a bar too long for the axis is broken, and where it ends
     for y, step in enumerate(steps):
         broken = step["ms"] > end
-        style = {"height": 0.64, "color": BLUE if y else TEXT, "alpha": 0.6}  # so that the line shows on the bars
+        style = {"height": 0.64, "color": BLUE if y else TEXT, "alpha": 0.6}  # alpha: the line shows on the bars
         axes.barh(y, cut if broken else step["ms"], **style)
         if broken:
             axes.barh(y, end - cut - 0.01, left=cut + 0.01, **style)
@@ -167,7 +162,7 @@ def ladder(steps):
     axes.tick_params(axis="y", length=0)
     axes.set_xlim(0, 1.25 * end)
     axes.set_ylim(len(steps) - 0.5, -1.3)
-    axes.set_xlabel("time in a burst, ms")
+    axes.set_xlabel(BURST)
     return figure
 
 
@@ -189,7 +184,7 @@ def grid_panel(axes, name, ms, sizes, found):
             xs, ys = (x + 0.48 * right, x + 0.34 * right), (y + 0.46 * down, y + 0.16 * down)
             axes.fill([xs[0], xs[1], xs[0]], [ys[0], ys[0], ys[1]], color=INK, lw=0)
     served = [f"{symbol} {kernel}" for kernel, (symbol, _, _) in corners.items()] + ["else library"]
-    axes.set_title(f"{name}   ({', '.join(served)})", fontsize=9, loc="left")
+    axes.set_title(f"{name}   ({', '.join(served)})")
     axes.set_xticks(range(len(sizes)), [f"{k}\n×{n}" for k, n in sizes], fontsize=8)
     axes.set_yticks(range(len(ms)), ms)
     axes.set_xlim(-0.5, len(sizes) - 0.5)

@@ -15,7 +15,9 @@ Needs a CUDA device. Writes bench/results/<gpu>-grid.json: a list of rows, and o
 
 import argparse
 import functools
+import itertools
 import math
+import statistics
 import sys
 import time
 import traceback
@@ -26,24 +28,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.records import conditions_row, described_conditions, row, sampled_conditions, save, spread
-from bench.tables import SLOWER, grid, results_path, some_of
+from bench.records import conditions_row, described_conditions, row, sampled_conditions, save
+from bench.tables import grid_summary, results_path, some_of
+from bench.timing import block_milliseconds, in_turns, spread
 from model_new import Model, ModelNew, _environment, errors_against_float64, l2_flush, scaling_factor, select_kernel
 
 
 class Precision(NamedTuple):
-    """dtype: of x, W, b and out. setting: torch.set_float32_matmul_precision. products: tensor-core products that the
-    arithmetic needs. rate: FLOP/s that the tensor cores sustain. limit: of both errors of a right answer.
-    """
-
-    dtype: torch.dtype
-    setting: str
-    products: int
-    rate: float
-    limit: float
+    dtype: torch.dtype  # of x, W, b and out
+    setting: str  # of torch.set_float32_matmul_precision
+    products: int  # on the tensor cores, for one of the layer
+    rate: float  # FLOP/s that they sustain, at the power limit of an H200
+    limit: float  # of both errors of a right answer
 
 
-# The rates: fp16 and bf16, fed from shared memory and registers, at the power limit of an H200.
 PRECISIONS = {
     "highest": Precision(torch.float32, "highest", products=3, rate=840e12, limit=1e-5),
     "high": Precision(torch.float32, "high", products=1, rate=840e12, limit=2e-3),
@@ -52,7 +50,6 @@ PRECISIONS = {
 }
 ROWS = 1, 3, 16, 64, 128, 257, 512, 1024, 2048, 4096, 8192  # M
 SIZES = (8192, 8192), (1024, 512), (768, 3072), (4096, 11008), (11008, 4096), (8191, 8193)  # K, N
-CONTENDERS = "eager", "ModelNew"
 
 DEVICE = "cuda"
 BUDGET_MS = 25  # of timed work for each contender and way of timing, within these numbers of repeats:
@@ -61,19 +58,15 @@ BLOCK_MS = 2.5  # of plain calls between two synchronizations, so that these cos
 SHORTEST_MS = 0.05  # a plain call, to choose how many make a block: about what it costs the host
 HIDDEN_MS = 0.3  # a call this long on the device hides the host's cost, and is repeated FEWEST times
 COPY_BYTES = 2**31
-WARM_UP_MS = 500  # of copying, so that the clocks have risen
+COPIES = 250  # of about a millisecond; as many before them, so that the clocks have risen
 CHECKED_WORK = 2**31  # multiply-adds in float64 for the errors of a cell: of a sample of its rows where it has more
 LAUNCH_MS = 0.005  # cells with a shorter roofline are bound by their launches
+SLOWER = 1.02  # times eager's time: a cell that wants attention
 
 clock = time.perf_counter
 
 
 # -------------------------------------------------------------------------------------------------- arithmetic
-
-
-def cells(precisions, rows, sizes):
-    """[(precision, M, K, N)] in the order in which they are measured: all of a K, N together."""
-    return [(precision, m, k, n) for k, n in sizes for precision in precisions for m in rows]
 
 
 def roofline_ms(precision, m, k, n, copy_rate):
@@ -93,14 +86,8 @@ def checked_rows(m, k, n):
 # --------------------------------------------------------------------------------------------------- measuring
 
 
-@functools.cache
-def cached_flush():
-    return l2_flush()
-
-
-@functools.cache
-def capture_stream():
-    return torch.cuda.Stream()
+cached_flush = functools.cache(l2_flush)
+capture_stream = functools.cache(torch.cuda.Stream)
 
 
 def device_milliseconds(function):
@@ -112,16 +99,6 @@ def device_milliseconds(function):
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
-
-
-def block_milliseconds(function, calls):
-    """What `calls` calls back to back take by the wall clock, until the device is done."""
-    torch.cuda.synchronize()
-    start = clock()
-    for _ in range(calls):
-        function()
-    torch.cuda.synchronize()
-    return (clock() - start) * 1e3
 
 
 def captured(function):
@@ -137,24 +114,16 @@ def captured(function):
     return graph.replay, out
 
 
-def samples_in_turns(samplers, budget_ms=BUDGET_MS, most=MOST):
-    """{name: [ms]} of a dict of functions that each time one thing once and return ms, called in turns.
-
-    FEWEST to `most` times, and otherwise as often as `budget_ms` for each allows, after one call that warms up.
-    """
-
-    def turn():
-        return {name: sample() for name, sample in samplers.items()}
-
-    turn()
-    turns = [turn()]
-    repeats = round(budget_ms * len(samplers) / max(sum(turns[0].values()), 1e-6))
-    turns += [turn() for _ in range(min(most, max(FEWEST, repeats)) - 1)]
-    return {name: [times[name] for times in turns] for name in samplers}
+def samples_in_turns(samplers, budget_ms=BUDGET_MS):
+    """in_turns of samplers that return ms: FEWEST to MOST turns, between these as many as budget_ms for each allows."""
+    first = in_turns(samplers, 1)
+    repeats = round(budget_ms * len(samplers) / max(sum(ms for (ms,) in first.values()), 1e-6))
+    rest = in_turns(samplers, min(MOST, max(FEWEST, repeats)) - 1, warm_up=0)
+    return {name: first[name] + rest[name] for name in samplers}
 
 
 def device_times(replays):
-    """{name: (median, p10, p90) in ms} of a dict of graphs' replays."""
+    """{name: spread} of a dict of graphs' replays."""
     samplers = {name: functools.partial(device_milliseconds, replay) for name, replay in replays.items()}
     return {name: spread(samples) for name, samples in samples_in_turns(samplers).items()}
 
@@ -162,11 +131,9 @@ def device_times(replays):
 def host_times(functions, device_ms):
     """{name: median ms per call} of plain calls; device_ms: {name: ms on the device}, which sizes the blocks."""
     calls = {name: math.ceil(BLOCK_MS / max(device_ms[name], SHORTEST_MS)) for name in functions}
-    samplers = {
-        name: functools.partial(block_milliseconds, function, calls[name]) for name, function in functions.items()
-    }
+    samplers = {name: functools.partial(block_milliseconds, f, calls[name]) for name, f in functions.items()}
     samples = samples_in_turns(samplers, 0 if min(device_ms.values()) >= HIDDEN_MS else BUDGET_MS)
-    return {name: spread(samples[name])[0] / calls[name] for name in functions}
+    return {name: statistics.median(samples[name]) / calls[name] for name in functions}
 
 
 def copy_bytes_per_second():
@@ -174,25 +141,24 @@ def copy_bytes_per_second():
     source = torch.randn(COPY_BYTES // 4, device=DEVICE)
     target = torch.empty_like(source)
     copy = {"copy": functools.partial(device_milliseconds, lambda: target.copy_(source))}
-    ms = spread(samples_in_turns(copy, WARM_UP_MS, most=WARM_UP_MS)["copy"])[0]
-    return 2 * source.nbytes / ms * 1e3
+    return 2 * source.nbytes / statistics.median(in_turns(copy, COPIES, warm_up=COPIES)["copy"]) * 1e3
 
 
 # -------------------------------------------------------------------------------------------------------- grid
 
 
 def layer_pair(k, n, dtype):
-    """{contender: module} with the same parameters, drawn on the device."""
+    """{name: module} with the same parameters, drawn on the device."""
     with torch.device(DEVICE):
-        pair = Model(k, n, scaling_factor).to(dtype), ModelNew(k, n, scaling_factor)
-    pair[1].gemm = pair[0].gemm
-    return dict(zip(CONTENDERS, pair))
+        eager, new = Model(k, n, scaling_factor).to(dtype), ModelNew(k, n, scaling_factor)
+    new.gemm = eager.gemm
+    return {"eager": eager, "ModelNew": new}
 
 
 def measure(precision, x, layers, copy_rate):
     """The two rows of a cell: x [M, K], layers as from `layer_pair`."""
     (m, k), gemm = x.shape, layers["ModelNew"].gemm
-    n = gemm.weight.shape[0]
+    n = gemm.out_features
     functions = {name: functools.partial(layer, x) for name, layer in layers.items()}
     graphs = {name: captured(function) for name, function in functions.items()}
     index = checked_rows(m, k, n).to(x.device)
@@ -200,24 +166,22 @@ def measure(precision, x, layers, copy_rate):
     errors = errors_against_float64(outputs, x[index], gemm.weight, gemm.bias, scaling_factor)
     times = device_times({name: replay for name, (replay, _) in graphs.items()})
     del graphs, outputs  # their memory is the plain calls' now
-    plain = host_times(functions, {name: ms for name, (ms, _, _) in times.items()})
+    plain = host_times(functions, {name: found["ms"] for name, found in times.items()})
     least, setting, rows = roofline_ms(precision, m, k, n, copy_rate), PRECISIONS[precision].setting, []
-    for name, (ms, p10, p90) in times.items():
-        values = {"ms": ms, "p10": p10, "p90": p90, "ms_host": plain[name], "speedup": times["eager"][0] / ms}
-        values |= {"ratio_to_eager": ms / times["eager"][0], "ratio_to_eager_host": plain[name] / plain["eager"]}
+    for name, found in times.items():
+        ms, eager_ms = found["ms"], times["eager"]["ms"]
+        values = found | {"ms_host": plain[name], "speedup": eager_ms / ms}
+        values |= {"ratio_to_eager": ms / eager_ms, "ratio_to_eager_host": plain[name] / plain["eager"]}
         values |= {"roofline_ms": least, "of_roofline": least / ms, "rows_checked": len(index)}
         values |= {"error_frobenius": errors[name][0], "error_componentwise": errors[name][1]}
         values |= {"kernel": select_kernel(x, gemm.weight, gemm.bias) if name == "ModelNew" else None}
-        values |= {"dtype": str(x.dtype).removeprefix("torch.")}
-        rows.append(row("grid", name, (m, k, n), setting, **values))
+        rows.append(row("grid", name, (m, k, n), setting, str(x.dtype).removeprefix("torch."), **values))
     return rows
 
 
-def wrong(precision, measured):
-    """Whether ModelNew's errors in a cell's rows exceed what the precision allows, or are NaN."""
-    limit = PRECISIONS[precision].limit
-    errors = [(r["error_frobenius"], r["error_componentwise"]) for r in measured if r["name"] == "ModelNew"]
-    return not all(error <= limit for pair in errors for error in pair)
+def wrong(precision, r):
+    """Whether a row's errors exceed what the precision allows, or are NaN."""
+    return not all(r[key] <= PRECISIONS[precision].limit for key in ("error_frobenius", "error_componentwise"))
 
 
 def measure_grid(todo, seconds, copy_rate, output):
@@ -249,10 +213,12 @@ def measure_grid(todo, seconds, copy_rate, output):
             torch.cuda.synchronize()  # raises where the device is lost: nothing more could be measured
             continue
         results += measured
-        if wrong(precision, measured):
+        ours = measured[-1]
+        print(describe(ours), flush=True)
+        if wrong(precision, ours):
             failed.append(cell)
-            errors = measured[-1]["error_frobenius"], measured[-1]["error_componentwise"]
-            print(f"\n!!! WRONG: {describe(measured[-1])}, errors {errors}", file=sys.stderr, flush=True)
+            errors = ours["error_frobenius"], ours["error_componentwise"]
+            print(f"\n!!! WRONG: {describe(ours)}, errors {errors}", file=sys.stderr, flush=True)
     return results, failed, []
 
 
@@ -269,11 +235,11 @@ def describe(r):
 
 
 def report(results, failed, missing):
-    """The text printed last: a table for each precision, then the cells that want attention."""
+    """The text printed last: a summary, then the cells that want attention."""
     ours = [r for r in results if r["name"] == "ModelNew"]
     slow = [r for r in ours if not max(r["ratio_to_eager"], r["ratio_to_eager_host"]) <= SLOWER]
     long = sorted((r for r in ours if r["roofline_ms"] >= LAUNCH_MS), key=lambda r: r["of_roofline"])
-    lines = [grid(ours), "", f"more than {SLOWER - 1:.0%} slower than eager: {len(slow)} of {len(ours)} cells"]
+    lines = [grid_summary(ours), "", f"more than {SLOWER - 1:.0%} slower than eager: {len(slow)} of {len(ours)} cells"]
     lines += map(describe, slow)
     lines += ["", f"furthest from the roofline, of the cells where that is at least {LAUNCH_MS * 1e3:g} µs"]
     lines += [f"{r['of_roofline']:4.0%} {describe(r)}" for r in long[:10]]
@@ -286,6 +252,10 @@ def report(results, failed, missing):
 # -------------------------------------------------------------------------------------------- the command line
 
 
+def _rows(text):
+    return [int(m) for m in text.split(",")]
+
+
 def _sizes(text):
     return [tuple(map(int, size.split("x"))) for size in text.split(",")]
 
@@ -294,13 +264,7 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(prog="bench/grid.py", description=__doc__.splitlines()[0])
     option, names = parser.add_argument, ",".join(PRECISIONS)
     option("--precisions", type=functools.partial(some_of, PRECISIONS), default=names, help="default %(default)s")
-    option(
-        "--rows",
-        type=lambda text: [int(m) for m in text.split(",")],
-        default=",".join(map(str, ROWS)),
-        metavar="M,M,...",
-        help="default %(default)s",
-    )
+    option("--rows", type=_rows, default=",".join(map(str, ROWS)), metavar="M,M,...", help="default %(default)s")
     sizes = ",".join(f"{k}x{n}" for k, n in SIZES)
     option("--sizes", type=_sizes, default=sizes, metavar="KxN,KxN,...", help="default %(default)s")
     option("--seconds", type=float, default=150.0, help="then the cells left are not measured (default %(default)s)")
@@ -315,7 +279,8 @@ def main(argv=None):
     if not torch.cuda.is_available():
         sys.exit("bench/grid.py measures GPU kernels, and PyTorch sees no CUDA device here")
     output = arguments.output or results_path(torch.cuda.get_device_name(), "grid")
-    todo = cells(arguments.precisions, arguments.rows, arguments.sizes)
+    asked = arguments.sizes, arguments.precisions, arguments.rows
+    todo = [(precision, m, k, n) for (k, n), precision, m in itertools.product(*asked)]  # all of a K, N together
     print(f"{_environment()}; {len(todo)} cells", flush=True)
     start = clock()
     with sampled_conditions() as samples:

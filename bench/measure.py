@@ -10,7 +10,7 @@ bench/results/<gpu>.json: a list of rows, and for each section one of section 'c
 
 import argparse
 import functools
-import re
+import itertools
 import statistics
 import sys
 import time
@@ -23,14 +23,16 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import model_new
-from bench import bindings, rivals
+from bench import bindings
 from bench.data import data_sets, everyday_sets, kinds
-from bench.records import conditions_row, described_conditions, row, sampled_conditions, save, spread
-from bench.rivals import BARE_GEMMS, JAX_BLOCK, SCALE, YARDSTICK, JaxLayer, bare_gemm, pytorch_layers
-from bench.tables import AS_GOOD, ROUNDOFF, read, results_path, some_of
+from bench.records import conditions_row, described_conditions, row, sampled_conditions, save
+from bench.rivals import BARE_GEMMS, JAX_BLOCK, SCALE, SGEMM, YARDSTICK, JaxLayer, contenders
+from bench.tables import AS_GOOD, ROUNDOFF, good_and_bad, read, results_path, some_of
+from bench.timing import block_milliseconds, in_turns, spread
 from model_new import Model, ModelNew, errors_against_float64, linear_sigmoid_residual, select_kernel, times_in_turns
 
 DEVICE = "cuda"
+DTYPES = "float32", "float16", "bfloat16"
 WARM_UP_SECONDS = 1.0  # of the timed work itself, so that clocks and power have settled
 STEADY_SECONDS = 3.0  # of a load whose power is measured: nvidia-smi's is a mean over the last second
 HOST_CALLS = 1000
@@ -51,7 +53,7 @@ def problem(shape, dtype=torch.float32):
 
 
 def timed(functions, repeats):
-    """{name: (median, p10, p90) in ms} of a dict of functions, in turns; JAX's after the others, in blocks."""
+    """{name: spread} of a dict of functions, in turns; JAX's after the others, in blocks."""
     blocks = {name: function.block for name, function in functions.items() if isinstance(function, JaxLayer)}
     others = {name: function for name, function in functions.items() if name not in blocks}
     times = times_in_turns(others, repeats, WARM_UP_SECONDS)
@@ -70,21 +72,11 @@ def scratch_megabytes(function):
     return max(0, torch.cuda.max_memory_allocated() - before - out.nbytes) / 1e6
 
 
-def host_milliseconds(functions):
-    """{name: (median, p10, p90)} of a call by the wall clock, blocks of calls in turns: on tensors so small that the
-    GPU waits, what a call costs the host.
-    """
-    samples, warm_up = {name: [] for name in functions}, 4
-    for number in range(warm_up + HOST_CALLS // HOST_BLOCK):
-        for name, function in functions.items():
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(HOST_BLOCK):
-                function()
-            torch.cuda.synchronize()
-            if number >= warm_up:
-                samples[name].append((time.perf_counter() - start) / HOST_BLOCK * 1e3)
-    return {name: spread(values) for name, values in samples.items()}
+def host_times(functions):
+    """{name: spread} of a call by the wall clock, blocks of calls in turns: the host's cost, where the GPU waits."""
+    samplers = {name: functools.partial(block_milliseconds, f, HOST_BLOCK) for name, f in functions.items()}
+    samples = in_turns(samplers, HOST_CALLS // HOST_BLOCK, warm_up=4)
+    return {name: spread([ms / HOST_BLOCK for ms in values]) for name, values in samples.items()}
 
 
 COLUMNS = {  # a row's key: heading, width and format
@@ -142,23 +134,22 @@ def compare(arguments, section, candidates, check, kernel, yardstick=None, repea
         else:
             functions[name] = function
     times = timed(functions, repeats or arguments.repeats)
-    for name, (ms, p10, p90) in times.items():
-        found = {"ms": ms, "p10": p10, "p90": p90}
+    for name, found in times.items():
         if yardstick:
             key, other = yardstick
-            found[key] = ms / times[other][0] if other in times else None
+            found[key] = found["ms"] / times[other]["ms"] if other in times else None
         values[name] = found | values[name]
     return report(arguments, section, values, kernel, dtype)
 
 
-def report(arguments, section, values, kernel, dtype="float32", shape=None, key="ms", title=""):
+def report(arguments, section, values, kernel, dtype="float32", key="ms", title=""):
     """The rows of candidates, from {name: what a row says}, which are printed. kernel: that serves ModelNew. key: of
     what a speedup is the ratio of eager's to.
     """
     rows = []
     for name, found in values.items():
         found |= {"speedup": values["eager"][key] / found[key], "kernel": kernel if name == "ModelNew" else None}
-        rows.append(row(section, name, shape or arguments.shape, arguments.precision, dtype, **found))
+        rows.append(row(section, name, arguments.shape, arguments.precision, dtype, **found))
     print_table(rows, title or ("" if dtype == "float32" else dtype))
     return rows
 
@@ -166,37 +157,29 @@ def report(arguments, section, values, kernel, dtype="float32", shape=None, key=
 # ------------------------------------------------------------------------------------------------------- time
 
 
-def errors_of(name, out, x, weight, bias):
-    """What a row says of a candidate's errors."""
-    bare = name in BARE_GEMMS
-    layer = (torch.zeros_like(bias), 0.0) if bare else (bias, SCALE)
-    frobenius, componentwise = errors_against_float64({name: out}, x, weight, *layer)[name]
-    found = {"error_frobenius": frobenius, "error_componentwise": componentwise}
-    return found | {"error_of": "product" if bare else "out"}
+def time_rows(arguments, section, dtype, yardstick):
+    """The rows of one dtype; yardstick: as of `compare`."""
+    eager, new, x = problem(arguments.shape, getattr(torch, dtype))
+    candidates, layer = contenders(arguments.precision, eager, new, x), (x, *new.parameters())
+
+    def check(name, function):
+        bare, (x, weight, bias) = name in BARE_GEMMS, layer
+        terms = (torch.zeros_like(bias), 0.0) if bare else (bias, SCALE)
+        frobenius, componentwise = errors_against_float64({name: function()}, x, weight, *terms)[name]
+        found = {"error_frobenius": frobenius, "error_componentwise": componentwise}
+        found["error_of"] = "product" if bare else "out"
+        if isinstance(function, JaxLayer):  # its memory is not PyTorch's
+            found |= {"scratch_megabytes": None, "timing": function.TIMING}
+        elif dtype == "float32":
+            found["scratch_megabytes"] = scratch_megabytes(function)
+        return found
+
+    return compare(arguments, section, candidates, check, select_kernel(*layer), yardstick, dtype=dtype)
 
 
 def time_section(arguments):
     """The layer and its rivals in turns, L2 flushed; * marks bare GEMMs, whose error is that of x·Wᵀ alone."""
-    eager, new, x = problem(arguments.shape)
-    weight, bias = new.gemm.weight, new.gemm.bias
-    product = x.new_empty(len(x), len(weight))
-    candidates = {
-        **pytorch_layers(eager, x),
-        **rivals.triton_layers(arguments.precision, x, weight, bias),
-        **rivals.jax_layers(arguments.precision, x, weight, bias),
-        "ModelNew": lambda: new(x),
-        "cuBLAS SGEMM": lambda: torch.mm(x, weight.t(), out=product),
-        **bare_gemm(x, weight),
-    }
-
-    def check(name, function):
-        found = errors_of(name, function(), x, weight, bias)
-        if isinstance(function, JaxLayer):  # its memory is not PyTorch's
-            return found | {"scratch_megabytes": None, "timing": function.TIMING}
-        return found | {"scratch_megabytes": scratch_megabytes(function)}
-
-    kernel = select_kernel(x, weight, bias)
-    rows = compare(arguments, "time", candidates, check, kernel, yardstick=("ratio_to_fp16", YARDSTICK))
+    rows = time_rows(arguments, "time", "float32", ("ratio_to_fp16", YARDSTICK))
     print("error: Frobenius; compon.: max |err|/(|x|·|W|ᵀ+|b|+s); both against float64")
     if any("timing" in r for r in rows):
         print(f"† {JaxLayer.TIMING} ({JAX_BLOCK}), L2 not flushed: such a load can hold the GPU at its power limit")
@@ -205,19 +188,8 @@ def time_section(arguments):
 
 def time_16bit_section(arguments):
     """float16 and bfloat16: the layer and its rivals; * marks the bare GEMM, whose error is that of x·Wᵀ alone."""
-    rows = []
-    for dtype in ("float16", "bfloat16"):
-        eager, new, x = problem(arguments.shape, getattr(torch, dtype))
-        layer = x, *new.parameters()
-        ours = {"ModelNew": functools.partial(new, x)}
-        candidates = {**pytorch_layers(eager, x), **ours, **bare_gemm(x, new.gemm.weight)}
-
-        def check(name, function, layer=layer):
-            return errors_of(name, function(), *layer)
-
-        yardstick = "ratio_to_gemm", "cuBLAS GEMM"
-        rows += compare(arguments, "time-16bit", candidates, check, select_kernel(*layer), yardstick, dtype=dtype)
-    return rows, True
+    yardstick = "ratio_to_gemm", "cuBLAS GEMM"
+    return [r for dtype in DTYPES[1:] for r in time_rows(arguments, "time-16bit", dtype, yardstick)], True
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -275,9 +247,8 @@ def accuracy_grid_section(arguments):
         for kind, x, weight, _ in kinds(max(GRID_ROWS), k, n, DEVICE):
             exact, no_bias = x.double() @ weight.double().t(), weight.new_zeros(n)
             for m, errors in found.items():
-                ours = linear_sigmoid_residual(x[:m], weight, no_bias, 0.0)
-                library = nn.functional.linear(x[:m], weight, no_bias)
-                errors[kind] = [relative_error(out, exact[:m]) for out in (ours, library)]
+                outputs = [layer(x[:m], weight, no_bias, 0.0) for layer in (linear_sigmoid_residual, eager_layer)]
+                errors[kind] = [relative_error(out, exact[:m]) for out in outputs]
         rows += [row("accuracy-grid", "z", (m, k, n), kernel="fp16x3", errors=errors) for m, errors in found.items()]
     print_grid("z of fp16x3, SGEMM's", rows)
     gradients = []
@@ -286,10 +257,8 @@ def accuracy_grid_section(arguments):
         for kind, x, weight, grad in kinds(m, k, n, DEVICE):
             leaves = [t.requires_grad_() for t in (x, weight, torch.zeros(n, device=DEVICE))]
             with torch.enable_grad():
-                ours = linear_sigmoid_residual(*leaves, SCALE)
-                z = nn.functional.linear(*leaves)
-                eager = torch.sigmoid(z) * SCALE + z
-            both = [torch.autograd.grad(out, leaves, grad) for out in (ours, eager)]
+                outputs = [layer(*leaves, SCALE) for layer in (linear_sigmoid_residual, eager_layer)]
+            both = [torch.autograd.grad(out, leaves, grad) for out in outputs]
             for name, exact, *pair in zip(found, exact_gradients(*leaves, grad), *both):
                 found[name][kind] = [relative_error(t, exact) for t in pair]
         gradients += [row("accuracy-grid", name, (m, k, n), errors=errors) for name, errors in found.items()]
@@ -304,9 +273,8 @@ def fp16x3_serves(m, k, n):
 
 def print_grid(title, rows):
     cells = [(r["shape"], kind, *pair) for r in rows for kind, pair in r["errors"].items()]
-    good = [ours <= AS_GOOD * theirs for *_, ours, theirs in cells]
-    bad = [cell for cell in cells if not cell[2] <= max(AS_GOOD * cell[3], ROUNDOFF)]
-    print(f"{title}: {sum(good)} of {len(cells)} cells at most {AS_GOOD} times, {len(bad)} above {ROUNDOFF:g} and that")
+    good, bad = good_and_bad(cells)
+    print(f"{title}: {len(good)} of {len(cells)} cells at most {AS_GOOD} times, {len(bad)} above {ROUNDOFF:g} and that")
     for shape, kind, ours, theirs in sorted(bad, key=lambda cell: cell[3] / cell[2])[:10]:
         print(f"  {shape!s:22} {kind:14} {ours:.2e}, {theirs:.2e}")
 
@@ -317,25 +285,28 @@ SLOW_ROWS = 1024, 256, 64  # M
 def slow_data_section(arguments):
     """Errors of z and times of the layer beside eager's, on data that is hard for it, or was made to be."""
     _, k, n = arguments.shape
-    no_bias, rows, all_exact = torch.zeros(n, device=DEVICE), [], True
-    for sets in (everyday_sets, data_sets):
-        for name, all_x, w in sets(max(SLOW_ROWS), k, n, DEVICE):
-            for m in SLOW_ROWS:
-                x = all_x[:m]
-                ours, library = (functools.partial(f, x, w, no_bias) for f in (linear_sigmoid_residual, eager_layer))
-                errors = errors_against_float64({"": ours(0.0), "library_": library(0.0)}, x, w, no_bias, 0.0)
-                functions = {key: functools.partial(f, SCALE) for key, f in (("ours", ours), ("eager", library))}
-                ms, eager_ms = map(statistics.median, times_in_turns(functions, 7, 0.02).values())
-                exact = repeats_exactly(functools.partial(ours, 0.0))
-                values = {"kernel": select_kernel(x, w, no_bias), "bit_identical": exact, "library_ms": eager_ms}
-                for prefix, (frobenius, componentwise) in errors.items():
-                    values[prefix + "error_frobenius"] = frobenius
-                    values[prefix + "error_componentwise"] = componentwise
-                values |= {"ms": ms, "speedup": eager_ms / ms}
-                rows.append(row("slow-data", name, (m, k, n), arguments.precision, **values))
-                all_exact &= exact
+    size, no_bias, rows = (max(SLOW_ROWS), k, n, DEVICE), torch.zeros(n, device=DEVICE), []
+    for name, all_x, w in itertools.chain(everyday_sets(*size), data_sets(*size)):
+        for m in SLOW_ROWS:
+            layer = all_x[:m], w, no_bias
+            both = {"": linear_sigmoid_residual, "library_": eager_layer}  # by the prefix of a row's keys
+            both = {prefix: functools.partial(function, *layer) for prefix, function in both.items()}
+            outputs = {prefix: function(0.0) for prefix, function in both.items()}
+            errors = errors_against_float64(outputs, *layer, 0.0)
+            times = times_in_turns({prefix: functools.partial(f, SCALE) for prefix, f in both.items()}, 7, 0.02)
+            values = {
+                "kernel": select_kernel(*layer),
+                "bit_identical": repeats_exactly(functools.partial(both[""], 0.0)),
+            }
+            for prefix, (frobenius, componentwise) in errors.items():
+                values[prefix + "ms"] = statistics.median(times[prefix])
+                values[prefix + "error_frobenius"] = frobenius
+                values[prefix + "error_componentwise"] = componentwise
+            values["speedup"] = values["library_ms"] / values["ms"]
+            rows.append(row("slow-data", name, (m, k, n), arguments.precision, **values))
     for m in SLOW_ROWS:
         print_table([r for r in rows if r["shape"][0] == m], f"M = {m}")
+    all_exact = all(r["bit_identical"] for r in rows)
     print("every call repeated: " + ("bit-identical" if all_exact else "NOT IDENTICAL"))
     return rows, all_exact
 
@@ -358,30 +329,28 @@ def repeats_exactly(function):
 
 def epilogue_section(arguments):
     """The epilogue kernels of kernels.cu as bandwidth, beside plain device copies."""
-    rows, _, n = arguments.shape
-    big_rows = 2**31 // (4 * n)
-    z, big = torch.randn(rows, n, device=DEVICE), torch.randn(big_rows, n, device=DEVICE)
+    m, _, n = arguments.shape
+    z, big = torch.randn(m, n, device=DEVICE), torch.randn(2**31 // (4 * n), n, device=DEVICE)
     out, big_out, grad = torch.empty_like(z), torch.empty_like(big), torch.randn_like(z)
     forward, backward = bindings.epilogue, getattr(torch.ops, model_new._namespace).backward_z
     small_copy, big_copy = f"copy, {z.nbytes / 1e6:.1f} MB", f"copy, {big.nbytes / 1e9:.2f} GB"
-    functions = {  # name: (bytes read and written, function)
-        big_copy: (2 * big.nbytes, lambda: big_out.copy_(big)),
-        "forward, in place, as large": (2 * big.nbytes, lambda: forward(big, big, SCALE)),
-        small_copy: (2 * z.nbytes, lambda: out.copy_(z)),
-        "forward, in place": (2 * z.nbytes, lambda: forward(z, z, SCALE)),
-        "forward, keeping z": (2 * z.nbytes, lambda: forward(z, out, SCALE)),
-        "backward (dz, bias gradient)": (3 * z.nbytes, lambda: backward(grad, z, SCALE)),
+    cases = {  # name: (tensor of its size, how many of them are read or written, function)
+        big_copy: (big, 2, lambda: big_out.copy_(big)),
+        "forward, in place, as large": (big, 2, lambda: forward(big, big, SCALE)),
+        small_copy: (z, 2, lambda: out.copy_(z)),
+        "forward, in place": (z, 2, lambda: forward(z, z, SCALE)),
+        "forward, keeping z": (z, 2, lambda: forward(z, out, SCALE)),
+        "backward (dz, bias gradient)": (z, 3, lambda: backward(grad, z, SCALE)),
     }
-    times = timed({name: function for name, (_, function) in functions.items()}, arguments.repeats)
-    rates = {name: functions[name][0] / ms / 1e6 for name, (ms, _, _) in times.items()}
-    results = []
-    for name, (ms, p10, p90) in times.items():
-        same_size = big_copy if functions[name][0] == 2 * big.nbytes else small_copy
-        values = {"of_copy": rates[name] / rates[same_size], "of_big_copy": rates[name] / rates[big_copy]}
-        shape = big.shape if same_size == big_copy else z.shape
-        results.append(row("epilogue", name, shape, ms=ms, p10=p10, p90=p90, gb_per_s=rates[name], **values))
-    print_table(results)
-    return results, True
+    times = timed({name: function for name, (_, _, function) in cases.items()}, arguments.repeats)
+    rates = {name: count * like.nbytes / times[name]["ms"] / 1e6 for name, (like, count, _) in cases.items()}
+    rows = []
+    for name, (like, _, _) in cases.items():
+        copy = rates[big_copy if like is big else small_copy]
+        values = {"gb_per_s": rates[name], "of_copy": rates[name] / copy, "of_big_copy": rates[name] / rates[big_copy]}
+        rows.append(row("epilogue", name, like.shape, **times[name], **values))
+    print_table(rows)
+    return rows, True
 
 
 # ----------------------------------------------------------------------------------------------------- energy
@@ -392,34 +361,34 @@ def steady(function):
 
     The first half of the time warms up: clock and power are medians of the second.
     """
+
+    def milliseconds():
+        blocks, start = [], time.perf_counter()
+        while time.perf_counter() - start < STEADY_SECONDS / 2:
+            blocks.append(block_milliseconds(function, HOST_BLOCK))
+        return statistics.mean(blocks) / HOST_BLOCK
+
     with sampled_conditions() as samples:
-        for _ in range(2):
-            first, calls, start = len(samples), 0, time.perf_counter()
-            while time.perf_counter() - start < STEADY_SECONDS / 2:
-                for _ in range(HOST_BLOCK):
-                    function()
-                torch.cuda.synchronize()
-                calls += HOST_BLOCK
-            ms = (time.perf_counter() - start) / calls * 1e3
-        clock, power, _ = [statistics.median(column) for column in zip(*samples[first:])] or [None] * 3
+        milliseconds()
+        warming = len(samples)
+        ms = milliseconds()
+        clock, power, _ = [statistics.median(column) for column in zip(*samples[warming:])] or [None] * 3
     return {"ms": ms, "sm_clock_mhz": clock, "power_w": power, "millijoules": power and ms * power}
 
 
 def energy_section(arguments):
     """Sustained: calls back to back for seconds, the cache not flushed; energy is power times time. * bare GEMMs."""
     rows = []
-    for dtype in ("float32", "float16", "bfloat16") if arguments.precision == "highest" else ("float32",):
+    for dtype in DTYPES if arguments.precision == "highest" else DTYPES[:1]:
         eager, new, x = problem(arguments.shape, getattr(torch, dtype))
-        weight, bias = new.gemm.weight, new.gemm.bias
-        functions = pytorch_layers(eager, x) | {"ModelNew": functools.partial(new, x)} | bare_gemm(x, weight)
-        if dtype == "float32":
-            functions |= rivals.triton_layers(arguments.precision, x, weight, bias)
+        candidates = contenders(arguments.precision, eager, new, x).items()
+        functions = {name: f for name, f in candidates if name != SGEMM and not isinstance(f, JaxLayer)}
         values = {name: steady(function) for name, function in functions.items()}
         (of_gemm,) = (found["millijoules"] for name, found in values.items() if name in BARE_GEMMS)
         for name, found in values.items():
             found["energy_ratio"] = of_gemm and found["millijoules"] / of_gemm
             found["error_of"] = "product" if name in BARE_GEMMS else "out"
-        rows += report(arguments, "energy", values, select_kernel(x, weight, bias), dtype)
+        rows += report(arguments, "energy", values, select_kernel(x, *new.parameters()), dtype)
     return rows, True
 
 
@@ -430,11 +399,11 @@ HARNESS_BYTES = 256 * 2**20
 AHEAD_CYCLES = 2_000_000  # about a millisecond, in which the host issues a call
 
 
-def harness_samples(function, calls, buffer, ahead):
+def harness_samples(function, buffer, ahead):
     """[ms]: before each call the host waits for the GPU and overwrites a buffer larger than the L2 cache. ahead: the
     GPU then has something to do until the host has issued the call.
     """
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(HARNESS_CALLS)]
     for start, end in events:
         torch.cuda.synchronize()
         buffer.zero_()
@@ -450,21 +419,17 @@ def harness_samples(function, calls, buffer, ahead):
 def harness_section(arguments):
     """As harnesses time a call: the host waits for the GPU before it, so what the host does first counts."""
     rows, buffer = [], torch.empty(HARNESS_BYTES, dtype=torch.uint8, device=DEVICE)
-    for dtype in ("float32", "float16", "bfloat16"):
+    for dtype in DTYPES:
         eager, new, x = problem(arguments.shape, getattr(torch, dtype))
         torch.compiler.reset()
-        compiled = torch.compile(eager)
-        layers = {"eager": eager, "torch.compile": compiled, "ModelNew": new}
+        layers = {"eager": eager, "torch.compile": torch.compile(eager), "ModelNew": new}
+        calls = {name: functools.partial(layer, x) for name, layer in layers.items()}
         for ahead in (False, True):
-            samples = {name: [] for name in layers}
-            for number in range(-1, HARNESS_ROUNDS):  # the first warms up
-                for name, layer in layers.items():
-                    ms = harness_samples(functools.partial(layer, x), HARNESS_CALLS, buffer, ahead)
-                    samples[name] += ms if number >= 0 else []
+            samplers = {name: functools.partial(harness_samples, call, buffer, ahead) for name, call in calls.items()}
             values = {}
-            for name, ms in samples.items():
-                median, p10, p90 = spread(ms)
-                values[name] = {"mean": statistics.mean(ms), "ms": median, "p10": p10, "p90": p90, "host_ahead": ahead}
+            for name, rounds in in_turns(samplers, HARNESS_ROUNDS).items():
+                ms = list(itertools.chain(*rounds))
+                values[name] = {"mean": statistics.mean(ms), **spread(ms), "host_ahead": ahead}
             kernel, title = select_kernel(x, *new.parameters()), dtype + (", host ahead" if ahead else "")
             rows += report(arguments, "harness", values, kernel, dtype, key="mean", title=title)
     return rows, True
@@ -475,34 +440,35 @@ HOST_SHAPE = 8, 32, 16  # M, K, N: kernels shorter than their launches
 
 def compare_on_host(section, shape, cases, models, x):
     """Rows of what a call costs the host; cases: {what: (whether gradients are recorded, model -> function)}."""
-    rows, kernel = [], select_kernel(x, torch.empty(shape[2], shape[1], device=DEVICE), x.new_empty(shape[2]))
+    rows, kernel = [], select_kernel(x, x.new_empty(shape[2], shape[1]), x.new_empty(shape[2]))
     for what, (with_grad, make) in cases.items():
         with torch.set_grad_enabled(with_grad):
-            costs = host_milliseconds({name: make(model) for name, model in models.items()})
-        for name, (ms, p10, p90) in costs.items():
-            values = {"ms": ms, "p10": p10, "p90": p90, "speedup": costs["eager"][0] / ms}
-            values["kernel"] = kernel if name == "ModelNew" else None
-            rows.append(row(section, f"{name}, {what}", shape, **values))
+            costs = host_times({name: make(model) for name, model in models.items()})
+        for name, found in costs.items():
+            found |= {"speedup": costs["eager"]["ms"] / found["ms"], "kernel": kernel if name == "ModelNew" else None}
+            rows.append(row(section, f"{name}, {what}", shape, **found))
     print_table(rows, f"M, K, N = {shape}, kernel: {kernel}")
     return rows
 
 
 def host_section(arguments):
     """What a call costs the host, on tensors so small that the GPU is always waiting."""
-    m, k, n = HOST_SHAPE
-    x, grad = torch.rand(m, k, device=DEVICE), torch.rand(m, n, device=DEVICE)
-    models = {"eager": Model(k, n, SCALE).to(DEVICE), "ModelNew": ModelNew(k, n, SCALE).to(DEVICE)}
+    eager, new, x = problem(HOST_SHAPE)
+    grad = torch.rand(len(x), HOST_SHAPE[2], device=DEVICE)
+
+    def forward(model):
+        return functools.partial(model, x)
 
     def forward_backward(model):
         parameters = tuple(model.parameters())
         return lambda: torch.autograd.grad(model(x), parameters, grad)
 
     cases = {
-        "forward, grad off": (False, lambda model: lambda: model(x)),
-        "forward, grad on": (True, lambda model: lambda: model(x)),
+        "forward, grad off": (False, forward),
+        "forward, grad on": (True, forward),
         "forward + backward": (True, forward_backward),
     }
-    return compare_on_host("host", HOST_SHAPE, cases, models, x), True
+    return compare_on_host("host", HOST_SHAPE, cases, {"eager": eager, "ModelNew": new}, x), True
 
 
 NETWORK_ROWS, NETWORK_LAYERS, NETWORK_WIDTHS = 64, 6, (128, 256, 512, 1024)
@@ -510,33 +476,38 @@ NETWORK_ROWS, NETWORK_LAYERS, NETWORK_WIDTHS = 64, 6, (128, 256, 512, 1024)
 
 def networks_section(arguments):
     """Six layers of LayerNorm and this one, 64 rows: forward, and training steps without and with SGD's update."""
-    rows = []
-    for width in NETWORK_WIDTHS:
-        x, models = torch.randn(NETWORK_ROWS, width, device=DEVICE), {}
-        for name, kind in (("eager", Model), ("ModelNew", ModelNew)):
-            torch.manual_seed(0)
-            layers = [m for _ in range(NETWORK_LAYERS) for m in (nn.LayerNorm(width), kind(width, width, SCALE))]
-            models[name] = nn.Sequential(*layers).to(DEVICE)
+    return [r for width in NETWORK_WIDTHS for r in network_rows(width)], True
 
-        def step(model, x=x, optimizer=None):
-            def call():
-                model.zero_grad()
-                model(x).square().mean().backward()
-                if optimizer:
-                    optimizer.step()
 
-            return call
+def network_rows(width):
+    x, models = torch.randn(NETWORK_ROWS, width, device=DEVICE), {}
+    for name, kind in (("eager", Model), ("ModelNew", ModelNew)):
+        torch.manual_seed(0)
+        layers = [m for _ in range(NETWORK_LAYERS) for m in (nn.LayerNorm(width), kind(width, width, SCALE))]
+        models[name] = nn.Sequential(*layers).to(DEVICE)
 
-        def step_and_update(model, step=step):
-            return step(model, optimizer=torch.optim.SGD(model.parameters(), lr=1e-4))
+    def forward_backward(model):
+        def call():
+            model.zero_grad()
+            model(x).square().mean().backward()
 
-        cases = {
-            "forward": (False, lambda model, x=x: lambda: model(x)),
-            "forward + backward": (True, step),
-            "training step": (True, step_and_update),
-        }
-        rows += compare_on_host("networks", (NETWORK_ROWS, width, width), cases, models, x)
-    return rows, True
+        return call
+
+    def training_step(model):
+        backward, optimizer = forward_backward(model), torch.optim.SGD(model.parameters(), lr=1e-4)
+
+        def call():
+            backward()
+            optimizer.step()
+
+        return call
+
+    cases = {
+        "forward": (False, lambda model: functools.partial(model, x)),
+        "forward + backward": (True, forward_backward),
+        "training step": (True, training_step),
+    }
+    return compare_on_host("networks", (NETWORK_ROWS, width, width), cases, models, x)
 
 
 # ----------------------------------------------------------------------------------------- the command line
@@ -556,9 +527,10 @@ SECTIONS = {
 
 
 def _shape(text):
-    if not re.fullmatch(r"0*[1-9]\d*(,0*[1-9]\d*){2}", text):
+    shape = tuple(map(int, text.split(",")))
+    if len(shape) != 3 or min(shape) < 1:
         raise argparse.ArgumentTypeError(f"expected three positive numbers M,K,N, got {text!r}")
-    return tuple(map(int, text.split(",")))
+    return shape
 
 
 def parse_arguments(argv):

@@ -33,20 +33,13 @@ def save(path, rows):
     path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
 
 
-def spread(values):
-    """(median, p10, p90)"""
-    deciles = statistics.quantiles(values, n=10, method="inclusive")
-    return statistics.median(values), deciles[0], deciles[8]
-
-
 @contextlib.contextmanager
 def sampled_conditions():
     """A list that nvidia-smi fills, five times a second, with (SM clock in MHz, power in W, temperature in °C).
 
     Empty where nvidia-smi is missing or does not know these: the times stand without it.
     """
-    samples = []
-    device = f"--id=GPU-{torch.cuda.get_device_properties().uuid}"
+    samples, device = [], f"--id=GPU-{torch.cuda.get_device_properties().uuid}"
     query = "--query-gpu=clocks.sm,power.draw,temperature.gpu"
     command = ["nvidia-smi", device, query, "--format=csv,noheader,nounits", "-lms", "200"]
     try:

@@ -20,20 +20,18 @@ SCALE = model_new.scaling_factor
 
 # ---------------------------------------------------------------- PyTorch and cuBLAS
 
-YARDSTICK = "cuBLAS fp16, float32 output"
-BARE_GEMMS = {"cuBLAS SGEMM", "cuBLAS GEMM", YARDSTICK}
+SGEMM, YARDSTICK = "cuBLAS SGEMM", "cuBLAS fp16, float32 output"
+BARE_GEMMS = {SGEMM, "cuBLAS GEMM", YARDSTICK}
 
 
 def pytorch_layers(eager, x):
     """{name: function}: the layer as PyTorch has it, compiled, and as a GEMM and the epilogue kernel.
 
-    "library + epilogue" is also cuBLASLt with its fused bias. nn.functional.linear is torch.addmm(bias, x, Wᵀ), which
-    calls cublasLtMatmul with the bias as its epilogue, in all four dtypes, where bias has one dimension, out is
-    contiguous and no size is 1 (PyTorch's aten/src/ATen/native/cuda/Blas.cpp: isInputCompliesAddmmCudaLt and
-    addmm_out_cuda_impl). torch.backends.cuda.preferred_blas_library("cublaslt") changes nothing there. Its
-    documentation lets one expect it to ("will be used wherever possible"), but only GEMMs without a fused bias ask for
-    it: in libtorch_cuda.so of 2.11.0+cu130, addmm_out_cuda_impl and gemm_and_bias do not call blasPreferredBackend,
-    gemm_internal and bgemm_internal do. A change to that (pytorch#172340) was backed out (pytorch#180702).
+    "library + epilogue" is also cuBLASLt with its fused bias: nn.functional.linear is torch.addmm(bias, x, Wᵀ), which
+    calls cublasLtMatmul with the bias as its epilogue where bias has one dimension, out is contiguous and no size is 1
+    (PyTorch's aten/src/ATen/native/cuda/Blas.cpp: isInputCompliesAddmmCudaLt and addmm_out_cuda_impl). In torch 2.11
+    torch.backends.cuda.preferred_blas_library("cublaslt") changes nothing there, whatever its documentation says: only
+    GEMMs without a fused bias ask for it. A change to that (pytorch#172340) was backed out (pytorch#180702).
     """
     weight, bias = eager.gemm.weight, eager.gemm.bias
     torch.compiler.reset()  # eight compilations of one function, and torch.compile leaves it to eager from then on
@@ -47,12 +45,15 @@ def pytorch_layers(eager, x):
     }
 
 
-def bare_gemm(x, weight):
-    """{name: function}: the GEMM alone; for float32 the yardstick."""
+def bare_gemms(x, weight):
+    """{name: function}: the GEMM alone, for float32 also the yardstick."""
     if x.dtype != torch.float32:
         return {"cuBLAS GEMM": lambda: torch.mm(x, weight.t())}
-    x_half, weight_half = x.half(), weight.half()
-    return {YARDSTICK: lambda: torch.mm(x_half, weight_half.t(), out_dtype=torch.float32)}
+    product, x_half, weight_half = x.new_empty(len(x), len(weight)), x.half(), weight.half()
+    return {
+        SGEMM: lambda: torch.mm(x, weight.t(), out=product),
+        YARDSTICK: lambda: torch.mm(x_half, weight_half.t(), out_dtype=torch.float32),
+    }
 
 
 # ---------------------------------------------------------------- Triton: TF32, or several 16-bit products
@@ -123,13 +124,10 @@ def triton_layers(precision, x, weight, bias):
 
 # {torch.set_float32_matmul_precision: {name: a jax.lax.DotAlgorithmPreset}}
 JAX_PRESETS = {
-    "highest": {
-        "F32": "F32_F32_F32",
-        "TF32x3": "TF32_TF32_F32_X3",
-        "BF16x6": "BF16_BF16_F32_X6",
-        "BF16x9": "BF16_BF16_F32_X9",
-    },
-    **{precision: {"TF32": "TF32_TF32_F32"} for precision in ("high", "medium")},
+    "highest": {"F32": "F32_F32_F32", "TF32x3": "TF32_TF32_F32_X3"}
+    | {f"BF16x{products}": f"BF16_BF16_F32_X{products}" for products in (6, 9)},
+    "high": {"TF32": "TF32_TF32_F32"},
+    "medium": {"TF32": "TF32_TF32_F32"},
 }
 JAX_BLOCK = 10  # calls between two waits, so that a wait costs each call little
 
@@ -176,3 +174,15 @@ def jax_layers(precision, x, weight, bias):
         return {}
     presets = JAX_PRESETS[precision]
     return {f"JAX {name}": JaxLayer(preset, x, weight, bias) for name, preset in presets.items()}
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def contenders(precision, eager, new, x):
+    """{name: function}: the layer, in eager and in new, as its rivals have it, and bare GEMMs."""
+    layer = x, new.gemm.weight, new.gemm.bias
+    functions, ours = pytorch_layers(eager, x), {"ModelNew": functools.partial(new, x)}
+    if x.dtype == torch.float32:
+        functions |= triton_layers(precision, *layer) | jax_layers(precision, *layer)
+    return functions | ours | bare_gemms(*layer[:2])

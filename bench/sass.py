@@ -20,35 +20,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.tables import ROOT
 from model_new import find_cuda_home, nvcc_flags
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def binary(name):
-    """The path of cuobjdump or nvdisasm."""
-    triton = importlib.util.find_spec("triton")
-    folders = [
-        Path(find_cuda_home()) / "bin",
-        *(Path(p) / "backends/nvidia/bin" for p in triton.submodule_search_locations),
-    ]
-    return next(str(folder / name) for folder in folders if (folder / name).exists())
 
 
 def machine_code(source, arch):
     """{demangled kernel name: [instruction]} of a kernels.cu's text."""
+    toolkit, triton = f"{find_cuda_home()}/bin", importlib.util.find_spec("triton")
+    folders = [toolkit, *(f"{folder}/backends/nvidia/bin" for folder in triton.submodule_search_locations)]
+    environment = os.environ | {"PATH": os.pathsep.join([*folders, os.environ["PATH"]])}
     with tempfile.TemporaryDirectory() as folder:
         text, cubin = Path(folder) / "kernels.cu", Path(folder) / "kernels.cubin"
         text.write_text(source, encoding="utf-8")
         flags = [*nvcc_flags([arch]), "-std=c++17", "-cubin"]
-        subprocess.run([f"{find_cuda_home()}/bin/nvcc", *flags, text, "-o", cubin], check=True)
-        environment = {**os.environ, "PATH": f"{Path(binary('nvdisasm')).parent}:{os.environ['PATH']}"}
-        dump = subprocess.run([binary("cuobjdump"), "-sass", cubin], capture_output=True, text=True, env=environment)
-        names = subprocess.run(
-            [shutil.which("c++filt") or "cat"], input=dump.stdout, capture_output=True, text=True
-        ).stdout
+        subprocess.run([f"{toolkit}/nvcc", *flags, text, "-o", cubin], check=True)
+        captured = {"check": True, "capture_output": True, "text": True}
+        dump = subprocess.run(["cuobjdump", "-sass", cubin], env=environment, **captured).stdout
+        dump = subprocess.run([shutil.which("c++filt") or "cat"], input=dump, **captured).stdout
     kernels = {}
-    for part in names.split("\t\tFunction : ")[1:]:
+    for part in dump.split("\t\tFunction : ")[1:]:
         name, _, body = part.partition("\n")
         instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", body, re.MULTILINE)
         kernels[name] = [re.sub(r"c\[0x0\]\[0x[0-9a-f]+\]", "c[0x0][]", text) for text in instructions]
@@ -72,30 +62,29 @@ def main():
     arguments = parser.parse_args()
     before, after = (machine_code(source_of(r), arguments.arch) for r in (arguments.before, arguments.after))
 
-    pairs = {name: name for name in after if name in before}
-    left = {name for name in before if name not in pairs}
-    for name in after.keys() - pairs.keys():  # renamed
-        same = next((other for other in sorted(left) if before[other] == after[name]), None)
+    pairs, gone = {name: name for name in after if name in before}, before.keys() - after.keys()
+    for name in sorted(after.keys() - pairs.keys()):  # renamed
+        same = next((other for other in sorted(gone) if before[other] == after[name]), None)
         if same:
             pairs[name] = same
-            left.discard(same)
-    changed = [name for name, other in pairs.items() if before[other] != after[name]]
-    for name in sorted(pairs):
-        was, now = len(before[pairs[name]]), len(after[name])
-        if name in changed:
+            gone.discard(same)
+    new, changed = after.keys() - pairs.keys(), 0
+    for name, other in sorted(pairs.items()):
+        was, now = len(before[other]), len(after[name])
+        if before[other] != after[name]:
+            changed += 1
             print(f"{was:6} -> {now:6} instructions ({100 * (now / was - 1):+.1f} %)  {name}")
         elif arguments.all:
             print(f"{now:6} instructions, the same  {name}")
-    for name in sorted(left):
-        print(f"{len(before[name]):6} instructions gone  {name}")
-    for name in sorted(after.keys() - pairs.keys()):
-        print(f"{len(after[name]):6} instructions new  {name}")
+    for what, names, kernels in (("gone", gone, before), ("new", new, after)):
+        for name in sorted(names):
+            print(f"{len(kernels[name]):6} instructions {what}  {name}")
     total = [sum(map(len, kernels.values())) for kernels in (before, after)]
     print(
-        f"{len(before)} -> {len(after)} kernels: {len(pairs) - len(changed)} the same, {len(changed)} changed, "
-        f"{len(left)} gone, {len(after) - len(pairs)} new; {total[0]} -> {total[1]} instructions"
+        f"{len(before)} -> {len(after)} kernels: {len(pairs) - changed} the same, {changed} changed, "
+        f"{len(gone)} gone, {len(new)} new; {total[0]} -> {total[1]} instructions"
     )
-    return 1 if changed or left or len(after) > len(pairs) else 0
+    return 1 if changed or gone or new else 0
 
 
 if __name__ == "__main__":

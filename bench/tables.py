@@ -17,7 +17,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LADDER = ROOT / "bench/results/ladder.json"
 FILES = ("README.md", "docs/OPTIMIZATIONS.md", "docs/ACCURACY.md", "docs/NOTEBOOK.md")
-SLOWER = 1.02  # times eager's time: a cell of the grid to be marked
 AS_GOOD, ROUNDOFF = 1.02, 1.5e-7  # an error is as good as another up to so many times it, and up to this one
 WHERE = "{gpu}, torch {torch}, M, K, N = {shape}"
 LABELS = {
@@ -51,9 +50,11 @@ def error(value):
     return "–" if math.isnan(value) else f"{value:.1e}".replace("e-0", "e-").replace("e+00", "")
 
 
-def table(header, rows):
+def table(header, rows, note=""):
+    """Cells are strings or numbers; note: a paragraph below."""
     rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (header, rule, *rows)]
+    return "\n".join([*lines, "", note] if note else lines)
 
 
 def label(row):
@@ -73,64 +74,69 @@ def marked(row, cells):
     return [f"**{cell}**" for cell in cells] if row["name"] == "ModelNew" else cells
 
 
-def both(row, eager):
-    """Burst and sustained, each in ms and against eager's; a dash where a rival was not measured so."""
-    cells = []
-    for key in ("ms", "sustained"):
-        ms = row.get(key)
-        cells += [f"{ms:.3f}", f"{eager[key] / ms:.2f}×"] if ms and eager.get(key) else ["–", "–"]
-    return cells
+def times_of(rows, eager, labels):
+    """A table's body: what labels(row) says, burst and sustained, each in ms and against eager(row)'s, and the error.
+    A dash stands where a rival was not measured so.
+    """
+    body = []
+    for row in rows:
+        cells = labels(row)
+        for key in ("ms", "sustained"):
+            ms, of_eager = row.get(key), eager(row).get(key)
+            cells += [f"{ms:.3f}", f"{of_eager / ms:.2f}×"] if ms and of_eager else ["–", "–"]
+        body.append(marked(row, [*cells, error(row["error_frobenius"])]))
+    return body
 
 
-BOTH = ["burst, ms", "against eager", "sustained, ms", "against eager"]
+TIMES = ["burst, ms", "against eager", "sustained, ms", "against eager", "error"]
 HOW = "Burst: in turns, the L2 cache flushed; sustained: back to back for seconds; medians."
 
 
 def times(rows):
     """At one precision; 16 bits: of one dtype after the other."""
-    body, several = [], len({row["dtype"] for row in rows}) > 1
-    for row in rows:
-        if row.get("timing"):  # JAX has been timed back to back only
-            row = row | {"ms": None, "sustained": row["ms"]}
-        eager = next(other for other in rows if (other["name"], other["dtype"]) == ("eager", row["dtype"]))
-        cells = [*([row["dtype"]] if several else []), label(row), *both(row, eager)]
-        body.append(marked(row, [*cells, error(row["error_frobenius"])]))
+    # JAX has been timed back to back only.
+    rows = [row | {"ms": None, "sustained": row["ms"]} if row.get("timing") else row for row in rows]
+    eager = {row["dtype"]: row for row in rows if row["name"] == "eager"}
+    several = len(eager) > 1
+    body = times_of(rows, lambda row: eager[row["dtype"]], lambda row: [row["dtype"]] * several + [label(row)])
     note = f"{WHERE.format(**rows[0])}. {HOW} Errors against float64, Frobenius norm."
-    return f"{table([*[''] * several, '', *BOTH, 'error'], body)}\n\n{note} * A bare GEMM: its product's error."
+    return table([*[""] * several, "", *TIMES], body, f"{note} * A bare GEMM: its product's error.")
 
 
 def summary(results):
     """Six rows: what there was before, the best rival that is as accurate, and this layer."""
     rows = [row for row in results if row["section"].startswith("time")]
     eager = {kind(row): row for row in rows if row["name"] == "eager"}
+    ours = {kind(row): row for row in rows if row["name"] == "ModelNew"}
     full = [row for row in rows if kind(row) == "float32, 'highest'"]
-    triton = [
-        row for row in full if row["name"].startswith("Triton") and row["error_frobenius"] <= full[0]["error_frobenius"]
-    ]
+    as_accurate = [row for row in full if row["error_frobenius"] <= full[0]["error_frobenius"]]
+    triton = [row for row in as_accurate if row["name"].startswith("Triton")]
     chosen = [row for row in full if row["name"] in ("eager", "torch.compile")]
     chosen += sorted(triton, key=lambda row: row["ms"])[:1]
-    ours = {kind(row): row for row in rows if row["name"] == "ModelNew"}
     chosen += [ours[name] for name in ("float32, 'highest'", "float32, 'high'", "bfloat16") if name in ours]
-    body = [
-        marked(row, [label(row), kind(row), *both(row, eager[kind(row)]), error(row["error_frobenius"])])
-        for row in chosen
-    ]
+    body = times_of(chosen, lambda row: eager[kind(row)], lambda row: [label(row), kind(row)])
     note = f"{WHERE.format(**full[0])}. {HOW} Against eager of the same precision. "
-    note += "Error: of out, relative, in the Frobenius norm; x is uniform in [0, 1)."
-    return f"{table(['', '', *BOTH, 'error'], body)}\n\n{note}"
+    return table(
+        ["", "", *TIMES], body, f"{note}Error: of out, relative, in the Frobenius norm; x is uniform in [0, 1)."
+    )
 
 
 def ladder(rows):
-    def cells(row):
-        return [str(row["step"]), row["what"], f"{row['predicted']:g}" if row["predicted"] else "", f"{row['ms']:.3f}"]
+    body = []
+    for row in rows:
+        predicted = f"{row['predicted']:g}" if row["predicted"] else ""
+        body.append([row["step"], row["what"], predicted, f"{row['ms']:.3f}"])
+    return table(["step", "what changed", "predicted, ms", "ms"], body)
 
-    return table(["step", "what changed", "predicted, ms", "ms"], map(cells, rows))
+
+def of_most_rows(rows):
+    """Of slow-data, the rows at the largest M."""
+    most = max(row["shape"][0] for row in rows)
+    return [row for row in rows if row["shape"][0] == most]
 
 
 def accuracy(rows):
-    """Of slow-data, at the largest M."""
-    body, most = [], max(row["shape"][0] for row in rows)
-    rows = [row for row in rows if row["shape"][0] == most]
+    body, rows = [], of_most_rows(rows)
     for row in rows:
         cells = [row["name"]]
         for key in ("error_frobenius", "error_componentwise"):
@@ -144,7 +150,7 @@ def accuracy(rows):
     note += " Times: medians of seven calls in turns with eager's."
     note += " Every call, repeated, gave the same bits." if all(row["bit_identical"] for row in rows) else ""
     note += "" if all(row["kernel"] == kernel for row in rows) else f" NOT all were computed by {kernel}."
-    return f"{table(header, body)}\n\n{note}"
+    return table(header, body, note)
 
 
 GUARANTEE = (  # ten rows
@@ -162,29 +168,32 @@ GUARANTEE = (  # ten rows
 
 
 def guarantee(rows):
-    """Of slow-data, at the largest M."""
-    found = {row["name"]: row for row in rows if row["shape"][0] == max(row["shape"][0] for row in rows)}
+    found = {row["name"]: row for row in of_most_rows(rows)}
     body = []
-    for name in filter(found.get, GUARANTEE):
-        row = found[name]
-        errors = [error(row[key + "error_frobenius"]) for key in ("", "library_")]
-        body.append([name, *errors, f"{row['ms']:.2f}", f"{row['library_ms']:.2f}"])
+    for row in filter(None, map(found.get, GUARANTEE)):
+        errors = error(row["error_frobenius"]), error(row["library_error_frobenius"])
+        body.append([row["name"], *errors, f"{row['ms']:.2f}", f"{row['library_ms']:.2f}"])
     return table(["data", "error, ours", "SGEMM", "burst, ms", "eager, ms"], body)
 
 
 def slow_data(rows):
     """Times for each M."""
+    found = {}
+    for row in rows:
+        text = f"{row['ms']:.3f} / {row['library_ms']:.3f} ({row['speedup']:.2f}×)"
+        found.setdefault(row["name"], {})[row["shape"][0]] = text
     ms = sorted({row["shape"][0] for row in rows}, reverse=True)
-    found = {(row["name"], row["shape"][0]): row for row in rows}
-    body = []
-    for name in dict.fromkeys(row["name"] for row in rows):
-        cells = [found[name, m] for m in ms]
-        body.append([name, *(f"{row['ms']:.3f} / {row['library_ms']:.3f} ({row['speedup']:.2f}×)" for row in cells)])
-    header = ["ms, ours / eager", *(f"M = {m}" for m in ms)]
+    body = [[name, *(texts[m] for m in ms)] for name, texts in found.items()]
     note = (
         "{gpu}, torch {torch}, K, N = {shape[1]}, {shape[2]}, {dtype}, '{precision}'; medians of seven calls in turns,"
     )
-    return f"{table(header, body)}\n\n{note.format(**rows[0])} the cache flushed."
+    return table(["ms, ours / eager", *(f"M = {m}" for m in ms)], body, f"{note} the cache flushed.".format(**rows[0]))
+
+
+def good_and_bad(cells):
+    """Of cells that end in our error and the library's: where ours is as good, and where it is not, nor roundoff."""
+    good = [cell for cell in cells if cell[-2] <= AS_GOOD * cell[-1]]
+    return good, [cell for cell in cells if not cell[-2] <= max(AS_GOOD * cell[-1], ROUNDOFF)]
 
 
 def accuracy_grid(rows):
@@ -195,16 +204,15 @@ def accuracy_grid(rows):
         cells = [(kind, row["shape"], *pair) for row in chosen for kind, pair in row["errors"].items()]
         for kind in [*dict.fromkeys(kind for kind, *_ in cells), None]:
             some = [cell for cell in cells if kind in (None, cell[0])]
-            good = sum(ours <= AS_GOOD * theirs for *_, ours, theirs in some)
-            bad = sum(not ours <= max(AS_GOOD * theirs, ROUNDOFF) for *_, ours, theirs in some)
+            good, bad = good_and_bad(some)
             _, shape, ours, theirs = max(some, key=lambda cell: cell[2] / max(cell[3], 1e-300) if cell[2] else 0)
             worst = f"{error(ours)}, {error(theirs)} at {', '.join(map(str, shape))}"
-            body.append([f"{what}, {kind or 'all'}", str(len(some)), f"{good / len(some):.0%}", str(bad), worst])
+            body.append([f"{what}, {kind or 'all'}", len(some), f"{len(good) / len(some):.0%}", len(bad), worst])
     header = ["relative Frobenius error", "cells", f"≤ {AS_GOOD} × eager's", f"above that and {ROUNDOFF:g}"]
     note = (
         "{gpu}, torch {torch}, {dtype}, '{precision}'; shapes that fp16x3 serves. Against float64; eager's on the same"
     )
-    return f"{table([*header, 'ours, eager at the worst (M, K, N)'], body)}\n\n{note.format(**rows[0])} data."
+    return table([*header, "ours, eager at the worst (M, K, N)"], body, f"{note} data.".format(**rows[0]))
 
 
 def harness(rows):
@@ -212,12 +220,9 @@ def harness(rows):
     for row in rows:
         cells = [row["dtype"], label(row), "ahead" if row["host_ahead"] else "waits"]
         body.append(marked(row, [*cells, f"{row['mean']:.3f}", f"{row['ms']:.3f}", f"{row['speedup']:.2f}×"]))
-    note = WHERE + "; 100 calls, before each of which the host waits for the GPU and"
-    note += (
-        " overwrites 256 MB. Ahead: the GPU has a millisecond to do before the first event, the host does not count."
-    )
-    header = ["", "", "host", "mean, ms", "median, ms", "eager's mean / this"]
-    return f"{table(header, body)}\n\n{note.format(**rows[0])}"
+    note = WHERE + "; 100 calls, before each of which the host waits for the GPU and overwrites 256 MB. Ahead: the GPU"
+    note += " has a millisecond to do before the first event, the host does not count."
+    return table(["", "", "host", "mean, ms", "median, ms", "eager's mean / this"], body, note.format(**rows[0]))
 
 
 def epilogue(rows):
@@ -228,26 +233,23 @@ def epilogue(rows):
 
 def energy(rows):
     body = []
-    formats = {"ms": 3, "sm_clock_mhz": 0, "power_w": 0, "millijoules": 0, "energy_ratio": 2}  # decimals
+    decimals = {"ms": 3, "sm_clock_mhz": 0, "power_w": 0, "millijoules": 0, "energy_ratio": 2}
     for row in rows:
-        cells = [label(row), kind(row)]
-        cells += ["–" if row[key] is None else f"{row[key]:.{decimals}f}" for key, decimals in formats.items()]
-        body.append(marked(row, cells))
-    header = ["", "", "ms", "SM clock, MHz", "power, W", "mJ a call", "/ GEMM"]
+        cells = ["–" if row[key] is None else f"{row[key]:.{count}f}" for key, count in decimals.items()]
+        body.append(marked(row, [label(row), kind(row), *cells]))
     note = WHERE + "; calls back to back, the cache not flushed; medians of what"
     note += " nvidia-smi says of clock and power. * A bare GEMM, whose energy is that of the last column."
-    return f"{table(header, body)}\n\n{note.format(**rows[0])}"
+    return table(["", "", "ms", "SM clock, MHz", "power, W", "mJ a call", "/ GEMM"], body, note.format(**rows[0]))
 
 
 def host(rows):
     """Of section host, or of networks, which has several widths."""
     cost = {(*row["name"].split(", ", 1), row["shape"][1]): row["ms"] * 1e3 for row in rows}  # who, what, K: µs
-    widths = {width for *_, width in cost}
+    several = len({width for *_, width in cost}) > 1
     body = []
-    for who, what, width in cost:
+    for (who, what, width), eager in cost.items():
         if who == "eager":
-            eager, new = cost[who, what, width], cost["ModelNew", what, width]
-            name = f"{what}, width {width}" if len(widths) > 1 else what
+            new, name = cost["ModelNew", what, width], f"{what}, width {width}" if several else what
             body.append([name, f"{eager:.0f}", f"{new:.0f}", f"{new / eager:.2f}"])
     return table(["host's µs per call", "eager", "ModelNew", "ratio"], body)
 
@@ -264,36 +266,19 @@ def grid_panels(rows):
     }
 
 
-def grid_cell(row):
-    if row is None:
-        return "–"
-    text = f"{row['speedup']:.2f} {row['kernel']}"
-    return text if row["speedup"] >= 1 / SLOWER else f"**{text}**"
-
-
-def grid(rows):
-    parts = []
-    for name, (ms, sizes, found) in grid_panels(rows).items():
-        body = [[str(m), *(grid_cell(found.get((m, *size))) for size in sizes)] for m in ms]
-        parts.append(f"{name}:\n\n" + table(["M", *(f"{k}×{n}" for k, n in sizes)], body))
-    note = "{gpu}, torch {torch}; columns: K×N. Eager's time over ModelNew's, and the kernel; medians of CUDA graphs"
-    note += f" with the L2 cache flushed, timed in turns. Bold: more than {SLOWER - 1:.0%} slower than eager."
-    return "\n\n".join([*parts, note.format(**rows[0])])
-
-
 def grid_summary(rows):
-    body = []
-    for name, (_, _, found) in grid_panels(rows).items():
+    body, panels = [], grid_panels(rows)
+    for name, (_, _, found) in panels.items():
         worst = min(found.values(), key=lambda row: row["speedup"])
         speedups = [row["speedup"] for row in found.values()]
         plain = [1 / row["ratio_to_eager_host"] for row in found.values()]
         cells = [f"{of(values):.2f}×" for values in (speedups, plain) for of in (min, statistics.median, max)]
         body.append([name, *cells[:3], f"{', '.join(map(str, worst['shape']))} ({worst['kernel']})", *cells[3:]])
     header = ["against eager", "min", "median", "max", "at its worst (M, K, N)", "plain calls: min", "median", "max"]
-    ms, sizes, _ = next(iter(grid_panels(rows).values()))
+    ms, sizes, _ = next(iter(panels.values()))
     note = f"{{gpu}}, torch {{torch}}; M from {ms[0]} to {ms[-1]}, K×N: {', '.join(f'{k}×{n}' for k, n in sizes)}."
     note += " On the left the device's time (CUDA graphs, L2 flushed), on the right calls back to back, the host's cost"
-    return f"{table(header, body)}\n\n{note.format(**rows[0])} included."
+    return table(header, body, f"{note} included.".format(**rows[0]))
 
 
 TABLES = {  # marker: (section of the results and precision, None for all; their rows -> text)
