@@ -5,7 +5,7 @@ that what is selected is called. Special values are in test_special_values.py.
 import pytest
 import torch
 from fuzz import LAYOUTS, ResultGuard, place
-from reference import Expected, random_arguments, storage_roundoff, ways_of
+from reference import Expected, random_arguments, ways_of
 from tiles import PRECISIONS, a_shape_of, by_tile, each_float32_kernel, each_kind, needs_hopper, tiles
 from torch import nn
 
@@ -42,7 +42,6 @@ def leave_nan(kernel, m, n, k, dtype):
 
 
 def check_all_tiles(m, n, k, kernel, dtype, scale=2.0, **splits):
-    """splits: as of `tiles`."""
     case = random_case(m, n, k, dtype)
     expected = expected_of(kernel, *case, scale)
     for tile in tiles(kernel, k, **splits):
@@ -53,7 +52,7 @@ def check_all_tiles(m, n, k, kernel, dtype, scale=2.0, **splits):
 # shapes
 
 EDGES_M = (1, 15, 16, 17, 127, 128, 129, 130, 255, 256, 257, 300)
-EDGES_N = (1, 7, 127, 128, 129, 130, 255, 256, 257, 300)
+EDGES_N = (1, 7, 127, 128, 129, 130, 255, 256, 257, 296)  # in 16 bits multiples of 8 are stored by TMA
 EDGES_K = (1, 3, 7, 8, 60, 64, 68, 515, 1000)
 
 
@@ -61,10 +60,11 @@ EDGES_K = (1, 3, 7, 8, 60, 64, 68, 515, 1000)
 @each_kind
 def test_edges(kernel, dtype, m):
     """Rows, columns and blocks of k are full, partly full or missing; blocks of a cluster have unequal parts of K, or
-    no rows to add up. Every M with every N and every K, and every N with every K.
+    no rows to add up. Every M with every N and every K, and every N with every K. Each with one of a few scales.
     """
     for j, n in enumerate(EDGES_N):
-        check_all_tiles(m, n, EDGES_K[(EDGES_M.index(m) + j) % len(EDGES_K)], kernel, dtype)
+        scale = (0.0, 2.0, -3.0, 1e3)[j % 4]
+        check_all_tiles(m, n, EDGES_K[(EDGES_M.index(m) + j) % len(EDGES_K)], kernel, dtype, scale)
 
 
 # M, N, K with more tiles than run at once: 132 blocks, in pairs that have 256 columns or 512 rows. The last tile of a
@@ -82,12 +82,6 @@ def test_more_tiles_than_run_at_once_and_long_sums(kernel, dtype, m, n, k):
     check_all_tiles(m, n, k, kernel, dtype, splits=(1, 3, 4))
 
 
-@pytest.mark.parametrize("scale", [0.0, -3.0, 1e3])
-@each_kind
-def test_scale(kernel, dtype, scale):
-    check_all_tiles(130, 260, 200, kernel, dtype, scale, splits=(2,))
-
-
 @pytest.mark.parametrize("k", [64, 130, 600])
 @each_kind
 def test_other_tiles_are_refused(kernel, dtype, k):
@@ -99,18 +93,6 @@ def test_other_tiles_are_refused(kernel, dtype, k):
             if (kernel, rows, min(splits, -(-k // 64))) not in known:
                 with pytest.raises(RuntimeError, match="invalid argument"):
                     by_tile((kernel, rows, splits), *case)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_stores_by_tma_are_those_by_registers(dtype):
-    """By TMA where rows of out begin at multiples of 16 bytes, which 519 columns do not. Where σ saturates, too."""
-    for m in (200, 600):
-        x, weight, _ = random_case(m, 520, 200, dtype)
-        bias, tile = torch.linspace(-120, 120, 520, device="cuda").to(dtype), ("wgmma16", 256, 0)
-        results = with_z(tile, x, weight, bias)
-        expected_of("wgmma16", x, weight, bias).check(*results)
-        for by_tma, by_registers in zip(results, with_z(tile, x, weight[:519], bias[:519])):
-            assert torch.equal(by_tma[:, :519], by_registers)
 
 
 @each_kind
@@ -223,16 +205,18 @@ def test_three_products_are_this_accurate(tile):
     or 0.4e-7, with 1, 2 or 4 accumulators; the factor gives back 1.2e-7, 0.6e-7 or 0.3e-7. Large products before small
     ones take 1e-7 away again in the first case. The limit lies between; the mean's own noise is 1e-9.
     """
-    _, rows, _ = tile
-    accumulators = 4 if rows <= 32 else 2 if rows == 64 else 1
-    x, weight = torch.randn(512, 8192, device="cuda"), torch.randn(512, 8192, device="cuda")
-    exact = x.double() @ weight.double().T
-    error = ((product_by(tile, x, weight) - exact).norm() / exact.norm()).item()
+
+    def product_and_exact(draw):
+        x, weight = draw(512, 8192, device="cuda"), draw(512, 8192, device="cuda")
+        return product_by(tile, x, weight), x.double() @ weight.double().T
+
+    product, exact = product_and_exact(torch.randn)
+    rows = tile[1]
+    error = ((product - exact).norm() / exact.norm()).item()
     assert error <= (2.5e-7 if rows > 64 else 1.7e-7), error
-    x, weight = torch.rand(512, 8192, device="cuda"), torch.rand(512, 8192, device="cuda")
-    exact = x.double() @ weight.double().T
-    bias = (product_by(tile, x, weight) / exact - 1).mean().item()
-    assert {1: -1.2e-7, 2: -0.5e-7, 4: -0.25e-7}[accumulators] < bias < 0.3e-7, bias
+    product, exact = product_and_exact(torch.rand)
+    bias = (product / exact - 1).mean().item()
+    assert (-0.25e-7 if rows <= 32 else -0.5e-7 if rows == 64 else -1.2e-7) < bias < 0.3e-7, bias
 
 
 @pytest.mark.parametrize("large_x", [1e6, 1e20])
@@ -306,16 +290,14 @@ def test_bit_identical_from_run_to_run(kernel, dtype):
     expected = expected_of(kernel, *case)
     other, load = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
     for tile in tiles(kernel, 1024):
-        first = by_tile(tile, *case)
+        first, changed = by_tile(tile, *case), 0
         expected.check(first, what=f"of {tile}")
-        outputs = []
-        for i in range(20):
-            if i >= 10:
+        for i in range(200):
+            if i >= 100:
                 with torch.cuda.stream(other):
                     load @ load
-            outputs.append(by_tile(tile, *case))
-        torch.cuda.synchronize()
-        assert all(torch.equal(out, first) for out in outputs), tile
+            changed += (by_tile(tile, *case) != first).any()
+        assert changed == 0, tile
 
 
 @pytest.mark.parametrize(
@@ -354,44 +336,19 @@ def test_calls_right_after_another(kernel, dtype):
 
 @each_kind
 def test_what_is_selected_is_called(kernel, dtype):
-    """By the operator, with and without a gradient: the bits of the tile that select_tile names."""
+    """By the operator, with and without a gradient: the bits of the tile that select_tile names, and the gradients."""
     shape, tile = a_shape_of(kernel)
     torch.set_float32_matmul_precision(PRECISIONS[kernel][1])
     x, weight, bias = case = random_case(*shape, dtype)
     assert select_kernel(*case) == kernel
-    out, _ = with_z(tile, *case)
-    assert torch.equal(linear_sigmoid_residual(*case, 2.0), out)
-    assert torch.equal(linear_sigmoid_residual(x.clone().requires_grad_(), weight, bias, 2.0), out)
+    out, _ = with_z(tile, *case, -3.0)
+    assert torch.equal(linear_sigmoid_residual(*case, -3.0), out)
+    leaves = [t.clone().requires_grad_() for t in case]
+    trained, grad = linear_sigmoid_residual(*leaves, -3.0), torch.randn_like(out)
+    assert torch.equal(trained, out)
+    gradients = torch.autograd.grad(trained, leaves, grad)
+    expected_of(kernel, *case, -3.0, with_z=True).check_gradients(grad, gradients)
     for which in range(3):  # lazily negated: memory holds the opposite sign
         negated = [torch._neg_view(-t) if i == which else t for i, t in enumerate(case)]
-        assert torch.equal(linear_sigmoid_residual(*negated, 2.0), out)
-    transposed = weight.t().contiguous().t()
-    assert select_kernel(x, transposed, bias) == "library"
-
-
-def test_the_precision_is_that_of_the_moment():
-    """Of one case, at each precision, the kernel that serves it then."""
-    case, seen = random_case(1024, 8192, 8192), []
-    for precision in ("highest", "high", "medium", "highest"):
-        torch.set_float32_matmul_precision(precision)
-        seen.append(select_kernel(*case))
-        expected_of(seen[-1], *case).check(linear_sigmoid_residual(*case, 2.0))
-    assert seen == ["fp16x3", "fp16x1", "fp16x1", "fp16x3"]
-
-
-@pytest.mark.parametrize("scale", [2.0, -3.0])
-@each_kind
-def test_gradients(kernel, dtype, scale):
-    """Of x, W and b, in the Frobenius norm: to 5e-7 of float64's, or what TF32 or 16 bits leave."""
-    torch.set_float32_matmul_precision(PRECISIONS[kernel][1])
-    case = random_case(*a_shape_of(kernel)[0], dtype)
-    leaves, wide = ([to(t).requires_grad_() for t in case] for to in (torch.clone, torch.Tensor.double))
-    out = linear_sigmoid_residual(*leaves, scale)
-    grad = torch.randn_like(out)
-    gradients = torch.autograd.grad(out, leaves, grad)
-    z = nn.functional.linear(*wide)
-    exact = torch.autograd.grad(z + scale * torch.sigmoid(z), wide, grad.double())
-    tolerance = 5e-7 if kernel == "fp16x3" else max(2e-3, 4 * storage_roundoff(dtype))
-    for name, actual, right in zip("xWb", gradients, exact):
-        error = ((actual.double() - right).norm() / right.norm()).item()
-        assert error < tolerance, f"gradient of {name}: {error:.2e}"
+        assert torch.equal(linear_sigmoid_residual(*negated, -3.0), out)
+    assert select_kernel(x, weight.t().contiguous().t(), bias) == "library"
