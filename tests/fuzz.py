@@ -158,22 +158,22 @@ class ResultGuard:
 
 @dataclass(frozen=True)
 class Case:
-    """One call. leading: x's dimensions before K. gradient: of which of "x", "w" and "b" it is wanted, as a string.
-    module: by a ModelNew, not by the operator. tile: on Hopper, and without gradients, the fused kernel in one of its
-    tiles, whatever the size; the number counts them around.
+    """One call of the operator.
+
+    leading: x's dimensions before K. gradient: of which of "x", "w" and "b" it is wanted, as a string. tile: on Hopper,
+    and without gradients, the fused kernel in one of its tiles, whatever the size; the number counts them around.
     """
 
     leading: tuple
     n: int
     k: int
-    dtype: str
-    precision: str
-    scale: float
-    data: tuple  # of x, weight and bias
-    layout: tuple
-    gradient: str
-    module: bool
-    seed: int
+    dtype: str = "float32"
+    precision: str = "highest"
+    scale: float = 2.0
+    data: tuple = ("normal", "normal", "normal")  # of x, weight and bias
+    layout: tuple = ("contiguous", "contiguous", "contiguous")
+    gradient: str = ""
+    seed: int = 0
     tile: int | None = None
 
 
@@ -233,7 +233,6 @@ def draw(random, limits):
         data=tuple(random.choice(kinds) for kinds in (DATA, DATA, bias_data)),
         layout=tuple(random.choice(layouts) for _ in range(3)),
         gradient=random.choice(("", "", "", "xwb", "wb", "x", "w", "b")),
-        module=one_in(2),
         seed=random.randrange(2**31),
         tile=random.randrange(18) if one_in(2) else None,
     )
@@ -276,12 +275,7 @@ def run(case, device):
 def _run(case, device):
     (x, weight, bias), buffers = tensors_of(case, device)
     before = [buffer.clone() for buffer in buffers]
-    leaves = []
-    for name, tensor in zip("xwb", (x, weight, bias)):
-        # The module's are parameters, the operator's plain tensors.
-        wanted = name in case.gradient
-        parameter = case.module and name != "x"
-        leaves.append(torch.nn.Parameter(tensor, wanted) if parameter else tensor.detach().requires_grad_(wanted))
+    leaves = [t.detach().requires_grad_(name in case.gradient) for name, t in zip("xwb", (x, weight, bias))]
     tile = tile_of(case, x, weight)
     kernel = tile[0] if tile else model_new.select_kernel(*leaves)
     grad = values("normal", (*x.shape[:-1], case.n), x.dtype, device, torch.Generator(device).manual_seed(case.seed))
@@ -290,11 +284,6 @@ def _run(case, device):
     guard = ResultGuard([grad.nbytes] * (2 if case.gradient else 1) + of_x, device)
     if tile:
         out = by_tile(tile, *(t.resolve_neg() for t in (x, weight, bias)), case.scale)
-    elif case.module:
-        with torch.device("meta"):
-            module = model_new.ModelNew(case.k, case.n, case.scale)
-        module.gemm.weight, module.gemm.bias = leaves[1:]
-        out = module(leaves[0])
     else:
         out = model_new.linear_sigmoid_residual(*leaves, case.scale)
     assert out.requires_grad == bool(case.gradient), f"out.requires_grad is {out.requires_grad}"

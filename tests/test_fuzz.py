@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from fuzz import DATA, EDGES, GUARD, LARGE, LAYOUTS, ON_CPU, ON_GPU, Case, GuardError, draw, one_thread, place, run
+from fuzz import DATA, EDGES, LARGE, LAYOUTS, ON_CPU, ON_GPU, Case, GuardError, draw, one_thread, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import DTYPES
@@ -31,7 +31,7 @@ def test_the_cases_reach_everything():
     cases = [draw(random.Random(i), ON_CPU) for i in range(3000)]
     seen = {field.name: {getattr(case, field.name) for case in cases} for field in dataclasses.fields(Case)}
     assert seen["dtype"] == {str(dtype).removeprefix("torch.") for dtype in DTYPES}
-    assert seen["precision"] == {"highest", "high", "medium"} and seen["module"] == {False, True}
+    assert seen["precision"] == {"highest", "high", "medium"}
     assert seen["gradient"] == {"", "xwb", "wb", "x", "w", "b"} and {0.0, 1e3, -1e3} < seen["scale"]
     assert {len(leading) for leading in seen["leading"]} == {0, 1, 2, 3}
     assert set(EDGES) - {3001} <= seen["n"] & seen["k"]
@@ -48,36 +48,9 @@ def test_the_large_cases_enter_the_kernels_that_need_them():
         assert {tile[0] for tile in served_by if tile} == kernels
 
 
-@pytest.mark.parametrize("shape", [(5,), (1,), (0,), (3, 4), (1, 4), (3, 0), (2, 3, 4), (2, 1, 3, 4)], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_hold_their_contents_amid_nan(layout, shape):
-    contents = torch.randn(shape)
-    if layout == "expanded" and shape[0]:
-        contents = contents[:1].expand(shape)
-    inside, buffer = place(contents, layout)
-    assert torch.equal(inside, contents)
-    numbers = buffer.view(torch.float32)
-    assert numbers[:GUARD].isnan().all() and numbers[-GUARD:].isnan().all()
-    assert (~numbers.isnan()).sum() == (contents[:1] if layout == "expanded" else contents).numel()
-    if layout != "contiguous" and shape == (2, 3, 4):
-        assert not inside.is_contiguous() or inside.data_ptr() % 16 or inside.is_neg()
-
-
 # mistakes that must be seen
 
-PLAIN = Case(
-    leading=(33,),
-    n=48,
-    k=64,
-    dtype="float32",
-    precision="highest",
-    scale=2.0,
-    data=("normal", "normal", "normal"),
-    layout=("wider rows", "contiguous", "contiguous"),
-    gradient="",
-    module=False,
-    seed=0,
-)
+PLAIN = Case(leading=(33,), n=48, k=64, layout=("wider rows", "contiguous", "contiguous"))
 operator = model_new.linear_sigmoid_residual  # the right one
 
 
@@ -135,6 +108,7 @@ MISTAKES = {  # what is wrong, in a case that differs from PLAIN in this, and wh
     "rounded twice": (out_becomes(lambda out: out * (1 + 2.0**-6)), {"dtype": "bfloat16"}, "outside"),
     "float64 in float32": (out_becomes(lambda out: out.float().double()), {"dtype": "float64"}, "outside"),
     "16 bits at 'high'": (out_becomes(lambda out: out.bfloat16().float()), {"precision": "high"}, "outside"),
+    "between x's rows read": (lambda x, w, b, s: operator(x + 0 * behind(x[:3], 66), w, b, s), {}, "outside"),
     "x written": (written(lambda x, w, b: x[5, 7]), {}, "was written"),
     "between x's rows written": (written(lambda x, w, b: behind(x[:3], 66)), {}, "was written"),
     "before W written": (written(lambda x, w, b: behind(w[:1], -1)), {}, "was written"),
