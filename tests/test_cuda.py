@@ -11,11 +11,11 @@ import pytest
 import torch
 from conftest import needs_cuda
 from fuzz import SETTINGS, settings
-from reference import DTYPES, Expected, peak_bytes, random_arguments
+from reference import DTYPES, Expected, eager, peak_bytes, random_arguments
 from torch import nn
 
 import model_new
-from model_new import Model, ModelNew, linear_sigmoid_residual
+from model_new import linear_sigmoid_residual
 
 pytestmark = [needs_cuda, pytest.mark.usefixtures("float32_sums")]
 
@@ -36,7 +36,7 @@ def cases(dtype, precision):
 
 
 def results(x, weight, bias, scale):
-    """[out; out where gradients are wanted; those of x, W and b for a gradient of ones]"""
+    """[out, out where gradients are wanted, the gradients of x, W and b for a gradient of ones]"""
     out = linear_sigmoid_residual(x, weight, bias, scale)
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
     trained = linear_sigmoid_residual(*leaves, scale)
@@ -110,7 +110,7 @@ def test_streams_and_host_threads_at_once(cases, dtype):
 @two_gpus
 @each_setting
 def test_runs_on_the_tensors_device(cases, dtype):
-    """Whichever device is current; and it is current still afterwards."""
+    """The call runs where its tensors are, whichever device is current, and which is current still afterwards."""
     assert torch.cuda.current_device() == 0
     for *tensors, scale in cases:
         arguments = *(t.to("cuda:1") for t in tensors), scale
@@ -135,18 +135,15 @@ def test_the_librarys_epilogue_works_in_place(dtype):
 def test_peak_memory_is_at_most_eagers(dtype, precision):
     """On the reference shape, without and with the backward. Scratch, which float32 needs, is at most 55 MB."""
     m, k, n, scale = model_new.batch_size, model_new.input_size, model_new.hidden_size, model_new.scaling_factor
-    x = torch.rand(m, k, device="cuda", dtype=dtype, requires_grad=True)
-    grad, peaks = torch.rand(m, n, device="cuda", dtype=dtype), []
+    shapes, peaks = ((m, k), (n, k), (n,)), []
+    leaves = [torch.rand(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
+    grad = torch.rand(m, n, device="cuda", dtype=dtype)
     with settings(precision):
-        for kind in (Model, ModelNew):
-            with torch.device("cuda"):
-                model = kind(k, n, scale).to(dtype)
+        for layer in (eager, linear_sigmoid_residual):
             with torch.no_grad():
-                forward = peak_bytes(lambda model=model: model(x))
-            wanted = [x, *model.parameters()]
-            backward = peak_bytes(lambda model=model, w=wanted: torch.autograd.grad(model(x), w, grad))
+                forward = peak_bytes(lambda layer=layer: layer(*leaves, scale))
+            backward = peak_bytes(lambda layer=layer: torch.autograd.grad(layer(*leaves, scale), leaves, grad))
             peaks.append((forward, backward))
-            del model, wanted
     assert all(new <= old for new, old in zip(peaks[1], peaks[0])), peaks
     assert peaks[1][0] <= grad.nbytes + (55e6 if dtype == torch.float32 else 1024)
 

@@ -35,7 +35,7 @@ def with_z(tile, x, weight, bias, scale=2.0):
 
 
 def check_all_tiles(kernel, case, scale=2.0, **splits):
-    """out and z of each tile; in the memory that they and scratch are likely to get stands NaN."""
+    """Checks out and z of each tile. In the memory that they and scratch are likely to get stands NaN."""
     x, weight, _ = case
     (m, k), n = x.shape, len(weight)
     expected = expected_of(kernel, *case, scale)
@@ -57,7 +57,7 @@ EDGES_K = (1, 3, 7, 8, 60, 64, 68, 515, 1000)
 @each_kind
 def test_edges(kernel, dtype, m):
     """Rows, columns and blocks of k are full, partly full or missing; blocks of a cluster have unequal parts of K, or
-    no rows to add up. Every M with every N and every K, and every N with every K. Each with one of a few scales.
+    no rows to add up. Every M meets every N and every K, and every N every K, at one of a few scales.
     """
     for j, n in enumerate(EDGES_N):
         case = random_case(m, n, EDGES_K[(EDGES_M.index(m) + j) % len(EDGES_K)], dtype)
@@ -266,7 +266,8 @@ def test_w_changes_its_size_along_k(kernel, how):
 @pytest.mark.parametrize("m, n, k, splits", [(384, 2048, 1024, (1, 2, 3, 4)), (1024, 8192, 8192, (2,))])
 @each_kind
 def test_bit_identical_from_run_to_run(kernel, dtype, m, n, k, splits):
-    """Alone, and beside other work on the GPU; in float32 half of the rows of the first case have lost sums.
+    """Calls have the same bits, alone and beside other work on the GPU. In float32 half of the first case's rows have
+    lost sums.
 
     W is loaded from a stage into registers, behind wgmmas that are still queued. Where the stage was given back before
     those loads had returned, some of 50 calls of the second case were wrong.
@@ -311,7 +312,7 @@ def test_calls_right_after_another(kernel, dtype):
 
 @each_kind
 def test_what_is_selected_is_called(kernel, dtype):
-    """By the operator, with and without a gradient: the bits of the tile that select_tile names, and the gradients."""
+    """The operator gives the bits of the tile that select_tile names, with and without gradient, and right gradients."""
     shape, tile = a_shape_of(kernel)
     torch.set_float32_matmul_precision(PRECISIONS[kernel][1])
     x, weight, bias = case = random_case(*shape, dtype)

@@ -120,6 +120,14 @@ def test_the_library_serves_what_is_empty_or_too_large(size, precision):
         assert select_tile(precision, *(size if i == which else other for i, other in enumerate(served))) is None
 
 
+@pytest.mark.parametrize("precision", KERNELS)
+def test_the_library_serves_few_columns(precision):
+    """A long K would leave most SMs without work."""
+    assert select_tile(precision, 16, 512, 1024) is not None
+    few = (511, 2048), (256, 2048), (1, 2**20)
+    assert all(select_tile(precision, m, n, k) is None for m in SIZES for n, k in few)
+
+
 # what select_kernel makes of tensors
 
 
@@ -142,6 +150,7 @@ def test_the_reference_shape(precision, of_float32, hopper):
         x, weight, bias = arguments(dtype=dtype)
         expected = {torch.float32: of_float32, torch.float64: "library"}.get(dtype, "wgmma16")
         assert select_kernel(x, weight, bias) == select_kernel(x.view(4, 256, -1), weight, bias) == expected
+        assert select_kernel(x.new_empty(4, 0, input_size), weight, bias) == "library"
 
 
 @pytest.mark.parametrize("setting, values", [("allow_tf32", (True, False)), ("fp32_precision", ("tf32", "ieee"))])

@@ -114,7 +114,7 @@ def test_the_operator(dtype, precision, m, k, n, device):
 @needs_hopper
 @each_kind
 def test_every_tile(kernel, dtype):
-    """In out and in z. Where nothing is to be added, out is the bias' own. In 16 bits 264 columns are stored by TMA."""
+    """Each tile has special values where eager has them, in out and in z. In 16 bits TMA stores the 264 columns."""
     with settings(PRECISIONS[kernel][1]):
         for m, n, k in [(130, 140, 200), (300, 264, 203)]:
             for what, edit in SPECIALS.items():
@@ -161,7 +161,7 @@ def test_the_epilogue(dtype, scale, device):
 @pytest.mark.parametrize("which", range(3), ids=["x", "W", "b"])
 @each_kind
 def test_in_a_tile_it_stays_in_its_rows_or_columns(kernel, dtype, which):
-    """The others are, bit for bit, what they were; in several tiles one after the other, too."""
+    """The other rows or columns keep their bits, in several tiles one after the other, too."""
     for m, n, k in [(130, 140, 200), (300, 520, 1000), (1300, 4000, 68)]:
         case = random_arguments((m, k), n, dtype, "cuda")
         some = tiles(kernel, k, splits=(1, 3))
