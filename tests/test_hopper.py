@@ -312,7 +312,7 @@ def test_calls_right_after_another(kernel, dtype):
 
 @each_kind
 def test_what_is_selected_is_called(kernel, dtype):
-    """The operator gives the bits of the tile that select_tile names, with and without gradient, and right gradients."""
+    """The operator gives the bits of the tile that select_tile names, also with a gradient, and right gradients."""
     shape, tile = a_shape_of(kernel)
     torch.set_float32_matmul_precision(PRECISIONS[kernel][1])
     x, weight, bias = case = random_case(*shape, dtype)
