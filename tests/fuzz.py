@@ -5,7 +5,6 @@ result is outside its bound (reference.Expected), or GuardError where memory was
 case prints as what remakes it. Everything works on the CPU and on a GPU.
 """
 
-import functools
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from tiles import by_tile, is_hopper, tiles
 
 import model_new
 
-PRECISIONS = ("highest", "high", "medium")
 SETTINGS = [(torch.float32, "highest"), (torch.float32, "high"), *((dtype, "highest") for dtype in DTYPES[1:])]
 
 
@@ -25,7 +23,7 @@ def settings(precision):
     """PyTorch's float32 precision, and 16-bit GEMMs that add their partial sums in float32, as the bounds want it."""
     matmul = torch.backends.cuda.matmul
     names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
-    before, before_precision = {name: getattr(matmul, name) for name in names}, torch.get_float32_matmul_precision()
+    before, before_precision = [getattr(matmul, name) for name in names], torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(precision)
         for name in names:
@@ -33,7 +31,7 @@ def settings(precision):
         yield
     finally:
         torch.set_float32_matmul_precision(before_precision)
-        for name, value in before.items():
+        for name, value in zip(names, before):
             setattr(matmul, name, value)
 
 
@@ -48,46 +46,44 @@ def one_thread():
 
 # ------------------------------------------------------------------------------------- data, and where it lies
 
-# Powers of ten for float16 (whose numbers end at 65504), and for the others.
-_WIDE, _ROWS, _TINY, _HUGE, _OUTLIER = (2, 6), (2, 10), (-5, -18), (2, 15), (2, 6)
-_EQUAL = 2 - 2.0**-9  # fits every type but bfloat16, with the last of its bits set
-
-
-def _a_row_each(shape):
-    return shape[0], *(1 for _ in shape[1:])
-
-
-DATA = {  # name: function of a shape [rows, ...], of which of two powers of ten, of torch.randn and rand of that shape
-    "normal": lambda shape, power, normal, uniform: normal(shape),
-    "uniform": lambda shape, power, normal, uniform: uniform(shape),
-    "wide range": lambda shape, power, normal, uniform: normal(shape) * 10 ** (power(_WIDE) * (2 * uniform(shape) - 1)),
-    "rows of other scales": lambda shape, power, normal, uniform: (
-        normal(shape) * 10 ** (power(_ROWS) * (2 * uniform(_a_row_each(shape)) - 1))
-    ),
-    "zero rows": lambda shape, power, normal, uniform: normal(shape) * (uniform(_a_row_each(shape)) < 0.75),
-    "zero": lambda shape, power, normal, uniform: 0 * uniform(shape),
-    "nine in ten zero": lambda shape, power, normal, uniform: normal(shape) * (uniform(shape) < 0.1),
-    "outliers": lambda shape, power, normal, uniform: (
-        normal(shape) * (1 + 10 ** power(_OUTLIER) * (uniform(shape) < 0.01))
-    ),
-    "small": lambda shape, power, normal, uniform: normal(shape) * 10.0 ** power(_TINY),
-    "large": lambda shape, power, normal, uniform: normal(shape) * 10.0 ** power(_HUGE),
-    "equal": lambda shape, power, normal, uniform: 0 * uniform(shape) + _EQUAL,
-}
+DATA = (
+    *("normal", "uniform", "wide range", "rows of other scales", "zero rows", "zero", "nine in ten zero", "outliers"),
+    *("small", "large", "equal"),
+)
 
 
 def values(kind, shape, dtype, device, generator):
-    """Finite numbers of that kind; tensor of `shape`, at least one dimension."""
+    """Finite numbers of that kind of DATA; tensor of `shape`, at least one dimension."""
     on = {"dtype": torch.float64, "device": device, "generator": generator}
-    normal, uniform = (functools.partial(draw, **on) for draw in (torch.randn, torch.rand))
-    drawn = DATA[kind](shape, lambda powers: powers[dtype != torch.float16], normal, uniform)
+    column = shape[0], *[1] * (len(shape) - 1)
+    wide = dtype != torch.float16  # whose numbers end at 65504
+
+    def normal():
+        return torch.randn(shape, **on)
+
+    def uniform(shape=shape):
+        return torch.rand(shape, **on)
+
+    drawn = {
+        "normal": normal,
+        "uniform": uniform,
+        "wide range": lambda: normal() * 10 ** ((6 if wide else 2) * (2 * uniform() - 1)),
+        "rows of other scales": lambda: normal() * 10 ** ((10 if wide else 2) * (2 * uniform(column) - 1)),
+        "zero rows": lambda: normal() * (uniform(column) < 0.75),
+        "zero": lambda: 0 * uniform(),
+        "nine in ten zero": lambda: normal() * (uniform() < 0.1),
+        "outliers": lambda: normal() * (1 + 10 ** (6 if wide else 2) * (uniform() < 0.01)),
+        "small": lambda: normal() * (1e-18 if wide else 1e-5),
+        "large": lambda: normal() * (1e15 if wide else 1e2),
+        "equal": lambda: 0 * uniform() + (2 - 2.0**-9),  # fits every type but bfloat16, with the last of its bits set
+    }[kind]()
     largest = torch.finfo(dtype).max
     return drawn.clamp_(-largest, largest).to(dtype)
 
 
 LAYOUTS = (
     *("contiguous", "unaligned", "wider rows", "wider rows of odd length", "every other row", "every other column"),
-    *("transposed", "dimensions reversed", "expanded", "flipped", "negative view"),
+    *("transposed", "dimensions reversed", "expanded", "negative view"),
 )
 GUARD = 64  # elements before and after
 
@@ -96,11 +92,8 @@ def place(contents, layout, filler=None):
     """(a tensor with these contents, whose elements lie in memory as `layout` says; the buffer [bytes] it lies in).
 
     All else in the buffer, before, behind and between, is `filler`, or NaN in any type. "expanded": contents are the
-    first row's. "flipped": as torch.flip leaves it, which is a tensor of its own.
+    first row's.
     """
-    if layout == "flipped":
-        inside, buffer = place(contents.flip(0), "transposed", filler)
-        return inside.flip(0), buffer
     if layout == "negative view":
         inside, buffer = place(-contents, "contiguous", filler)
         return torch._neg_view(inside), buffer
@@ -122,21 +115,13 @@ def place(contents, layout, filler=None):
     if filler is not None:
         buffer.view(contents.dtype).fill_(filler)
     inside = buffer.view(contents.dtype).as_strided(contents.shape, strides, before)
-    if layout == "expanded":
-        inside[:1].copy_(contents[:1])
-    else:
-        inside.copy_(contents)
+    written = slice(1 if layout == "expanded" else None)
+    inside[written].copy_(contents[written])
     return inside, buffer
 
 
 class GuardError(AssertionError):
     """Memory was changed that is none of the call's."""
-
-
-def memory_at(pointer, size, device):
-    """`size` bytes from an address on, as a tensor that does not own them."""
-    storage = torch._C._construct_storage_from_data_pointer(pointer, torch.device(device), size)
-    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
 
 
 class ResultGuard:
@@ -161,8 +146,10 @@ class ResultGuard:
         guarded = [t for t in results if t.nbytes <= self.freed.get(t.data_ptr(), -1)]
         for t in guarded:
             tail = -t.nbytes % 512
-            if t.is_cuda and tail and not (memory_at(t.data_ptr() + t.nbytes, tail, t.device) == 255).all():
-                raise GuardError("memory just behind a result was written")
+            if t.is_cuda and tail:
+                storage = torch._C._construct_storage_from_data_pointer(t.data_ptr() + t.nbytes, t.device, tail)
+                if not (torch.empty(0, dtype=torch.uint8, device=t.device).set_(storage) == 255).all():
+                    raise GuardError("memory just behind a result was written")
         return len(guarded)
 
 
@@ -171,22 +158,22 @@ class ResultGuard:
 
 @dataclass(frozen=True)
 class Case:
-    """One call. leading: x's dimensions before K. gradient: of which of "x", "w" and "b" it is wanted, as a string.
-    module: by a ModelNew, not by the operator. tile: on Hopper, and without gradients, the fused kernel in one of its
-    tiles, whatever the size; the number counts them around.
+    """One call of the operator.
+
+    leading: x's dimensions before K. gradient: of which of "x", "w" and "b" it is wanted, as a string. tile: on Hopper,
+    and without gradients, the fused kernel in one of its tiles, whatever the size; the number counts them around.
     """
 
     leading: tuple
     n: int
     k: int
-    dtype: str
-    precision: str
-    scale: float
-    data: tuple  # of x, weight and bias
-    layout: tuple
-    gradient: str
-    module: bool
-    seed: int
+    dtype: str = "float32"
+    precision: str = "highest"
+    scale: float = 2.0
+    data: tuple = ("normal", "normal", "normal")  # of x, weight and bias
+    layout: tuple = ("contiguous", "contiguous", "contiguous")
+    gradient: str = ""
+    seed: int = 0
     tile: int | None = None
 
 
@@ -227,81 +214,56 @@ def draw(random, limits):
     def one_in(count):
         return random.randrange(count) == count - 1
 
-    choices = (SERVED_M, SERVED_N, SERVED_K) if one_in(2) else (EDGES, EDGES, EDGES)
-    sizes = [random.choice(some) for some in choices]
+    sizes = [random.choice(some) for some in ((SERVED_M, SERVED_N, SERVED_K) if one_in(2) else (EDGES,) * 3)]
     while not limits.hold(*sizes):
         which = random.choice([i for i in range(3) if sizes[i] > 32])
-        sizes[which] = EDGES[_edge_below(sizes[which]) - 6]  # about half of it, or a quarter
+        sizes[which] = max(edge for edge in EDGES if edge <= sizes[which] // 2)
     m, n, k = random.choice(LARGE) if limits.large and one_in(limits.large) else sizes
     dim = random.choice((2, 1, 3, 4))
     outer = [random.choice((1, 2, 3, 5)) for _ in range(dim - 2)]
-    leading = (*outer, m // math.prod(outer)) if dim > 1 else ()
-    plain = one_in(2)  # as nn.Linear's are
-    layouts = ("contiguous",) if plain else LAYOUTS
-    data = tuple(DATA)
+    layouts = ("contiguous",) if one_in(2) else LAYOUTS
+    bias_data = "normal", "zero", "rows of other scales", "equal"
     return Case(
-        leading=leading,
+        leading=(*outer, m // math.prod(outer)) if dim > 1 else (),
         n=n,
         k=k,
         dtype=str(random.choice((torch.float32, *DTYPES))).removeprefix("torch."),
-        precision=random.choice(PRECISIONS),
+        precision=random.choice(("highest", "high", "medium")),
         scale=random.choice((*SCALES, *(random.randrange(-1000, 1000) + 0.37 for _ in range(3)))),
-        data=(
-            random.choice(data),
-            random.choice(data),
-            random.choice(("normal", "zero", "rows of other scales", "equal")),
-        ),
+        data=tuple(random.choice(kinds) for kinds in (DATA, DATA, bias_data)),
         layout=tuple(random.choice(layouts) for _ in range(3)),
         gradient=random.choice(("", "", "", "xwb", "wb", "x", "w", "b")),
-        module=one_in(2),
         seed=random.randrange(2**31),
         tile=random.randrange(18) if one_in(2) else None,
     )
 
 
-def _edge_below(size):
-    """The index of the largest edge that is no larger."""
-    return max(i for i, edge in enumerate(EDGES) if edge <= size)
-
-
 def tensors_of(case, device):
     """((x, weight, bias), their buffers), without gradients. W is of size 1/√K, as layers have it."""
     dtype, generator = getattr(torch, case.dtype), torch.Generator(device).manual_seed(case.seed)
-    shapes = ((*case.leading, case.k), (case.n, case.k), (case.n,))
-    tensors, buffers = [], []
-    for which, shape in enumerate(shapes):
+    placed = []
+    for which, shape in enumerate(((*case.leading, case.k), (case.n, case.k), (case.n,))):
         contents = values(case.data[which], shape, dtype, device, generator)
         if which == 1:
             contents = contents / max(case.k, 1) ** 0.5
         if case.layout[which] == "expanded" and shape[0]:
             contents = contents[:1].expand(shape)
-        tensor, buffer = place(contents, case.layout[which])
-        assert torch.equal(tensor, contents)
-        tensors.append(tensor)
-        buffers.append(buffer)
-    return tensors, buffers
-
-
-@dataclass(frozen=True)
-class Outcome:
-    kernel: str
-    inputs_guarded: int
-    results_guarded: int
+        placed.append(place(contents, case.layout[which]))
+        assert torch.equal(placed[-1][0], contents)
+    return zip(*placed)
 
 
 def tile_of(case, x, weight):
-    """The tile that a case asks for, or None."""
-    k, kernels = weight.shape[1], OURS.get((x.dtype, case.precision))
-    if case.tile is None or case.gradient or not (kernels and x.is_cuda and is_hopper and x.numel() and weight.numel()):
+    """The tile that a case asks for, or None, as where W's rows are not contiguous and only the library serves."""
+    kernels = OURS.get((x.dtype, case.precision), ()) if x.is_cuda and is_hopper and weight.stride(1) == 1 else ()
+    if case.tile is None or case.gradient or not (kernels and x.numel() and weight.numel()):
         return None
-    if weight.stride(1) != 1:
-        return None  # the library's
-    all_tiles = [tile for kernel in kernels for tile in tiles(kernel, k)]
+    all_tiles = [tile for kernel in kernels for tile in tiles(kernel, case.k)]
     return all_tiles[case.tile % len(all_tiles)]
 
 
 def run(case, device):
-    """Makes the call and returns an Outcome.
+    """Makes the call and returns the name of the kernel that served it.
 
     AssertionError: a result is not the layer's. GuardError: a byte of the buffers in which x, W and b lie, or of what
     lies beside the results, is not what it was.
@@ -313,25 +275,15 @@ def run(case, device):
 def _run(case, device):
     (x, weight, bias), buffers = tensors_of(case, device)
     before = [buffer.clone() for buffer in buffers]
-    leaves = []
-    for name, tensor in zip("xwb", (x, weight, bias)):
-        # The module's are parameters, the operator's plain tensors.
-        wanted = name in case.gradient
-        parameter = case.module and name != "x"
-        leaves.append(torch.nn.Parameter(tensor, wanted) if parameter else tensor.detach().requires_grad_(wanted))
+    leaves = [t.detach().requires_grad_(name in case.gradient) for name, t in zip("xwb", (x, weight, bias))]
     tile = tile_of(case, x, weight)
     kernel = tile[0] if tile else model_new.select_kernel(*leaves)
     grad = values("normal", (*x.shape[:-1], case.n), x.dtype, device, torch.Generator(device).manual_seed(case.seed))
 
-    size = math.prod(grad.shape) * grad.element_size()
-    guard = ResultGuard([size, *([size] if case.gradient else []), *([4 * x.numel()] if x.is_cuda else [])], device)
+    of_x = [4 * x.numel()] if x.is_cuda else []
+    guard = ResultGuard([grad.nbytes] * (2 if case.gradient else 1) + of_x, device)
     if tile:
         out = by_tile(tile, *(t.resolve_neg() for t in (x, weight, bias)), case.scale)
-    elif case.module:
-        with torch.device("meta"):
-            module = model_new.ModelNew(case.k, case.n, case.scale)
-        module.gemm.weight, module.gemm.bias = leaves[1:]
-        out = module(leaves[0])
     else:
         out = model_new.linear_sigmoid_residual(*leaves, case.scale)
     assert out.requires_grad == bool(case.gradient), f"out.requires_grad is {out.requires_grad}"
@@ -348,5 +300,5 @@ def _run(case, device):
     expected.check(out)
     assert not out._is_view(), "out is a view"
     expected.check_gradients(grad, gradients)
-    # With a gradient, out comes after z, for which x may have been copied.
-    return Outcome(kernel, len(buffers), guard.check([] if case.gradient else [out]))
+    guard.check([] if case.gradient else [out])  # with a gradient, out comes after z, for which x may have been copied
+    return kernel

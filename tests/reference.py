@@ -154,24 +154,22 @@ class Expected:
         self.weight, bias = weight.detach().double(), bias.detach().double()
         product, u = self.x @ self.weight.T, compute_roundoff(x.dtype)
         self.z = product + bias
-        bounds = [(way, way.product_bound(self.x, self.weight, bias)) for way in self.ways]
-
-        def bound_of_z(way, bound, keeps_float32):
-            if way.kernel == "wgmma16":
-                return bound if keeps_float32 else way.stored(self.z, bound)
-            return way.stored(self.z, way.stored(product, bound))
-
-        self.z_bound = _most(bound_of_z(*pair, keeps_float32=False) for pair in bounds)
+        stored, before_out = [], []  # bounds of z as it is stored, and as out is computed from it
+        for way in self.ways:
+            bound, in_float32 = way.product_bound(self.x, self.weight, bias), way.kernel == "wgmma16"
+            stored.append(way.stored(self.z, bound if in_float32 else way.stored(product, bound)))
+            before_out.append(bound if in_float32 and not with_z else stored[-1])
+        self.z_bound = _most(stored)
+        self.reach = self.z.abs() + self.z_bound
         self.sigmoid = torch.sigmoid(self.z)
         self.out = self.z + scale * self.sigmoid
         of_sigmoid = 10 + (2 * self.z.abs() * (1 - self.sigmoid) if x.dtype in SIXTEEN_BIT else 0)
         epilogue = of_sigmoid * u * abs(scale) * self.sigmoid + u * self.out.abs()
-        before = _most(bound_of_z(*pair, keeps_float32=not with_z) for pair in bounds)
-        self.out_bound = self.ways[0].stored(self.out, (1 + abs(scale) / 4) * before + epilogue)
+        self.out_bound = self.ways[0].stored(self.out, (1 + abs(scale) / 4) * _most(before_out) + epilogue)
 
     def good(self, out):
-        """For each element of a tensor [..., N], whether it is this layer's: bool [M, N]."""
-        return within(out.detach().reshape(self.out.shape), self.out, self.out_bound, self.z.abs() + self.z_bound)
+        """For each element of a tensor [M, N], whether it is this layer's: bool [M, N]."""
+        return within(out, self.out, self.out_bound, self.reach)
 
     def check(self, out, z=None, what=""):
         """Asserts that a tensor is this layer's output, and another its z."""
@@ -179,12 +177,10 @@ class Expected:
             if actual is not None:
                 assert actual.shape == self.shape, f"{name}: shape {list(actual.shape)}, expected {list(self.shape)}"
                 assert actual.dtype == self.dtype, f"{name}: {actual.dtype}"
-                actual = actual.detach().reshape(exact.shape)
-                good = within(actual, exact, bound, self.z.abs() + self.z_bound)
-                assert_good(good, actual, exact, bound, f"{name} {what}".strip())
+                assert_within(actual.reshape(exact.shape), exact, bound, f"{name} {what}".strip(), self.reach)
 
-    def gradients(self, grad):
-        """[(name, gradient, its bound)] of x, W and b for a gradient `grad` of out.
+    def check_gradients(self, grad, gradients):
+        """Asserts that `gradients` (dx, dW, db; None where one was not wanted) are those for a gradient `grad` of out.
 
         dz = grad·(1 + sσ(1 − σ)): |d²out/dz²| ≤ |s|/10 turns z_bound into an error of dz, the rest is a few roundings.
         dx = dz·W and dW = dzᵀ·x, over N and over the M rows, are the library's, or in float32 at 'highest' those of
@@ -200,23 +196,16 @@ class Expected:
             kernels.append("fp16x3")
         products = [Arithmetic(self.dtype, kernel, way.precision, way.correlated) for kernel in kernels]
         a_sum = [Arithmetic(self.dtype, "cpu", "highest", way.correlated)]  # no product: its terms are what they are
-        found = []
-        for name, left, left_bound, right, ways in (
-            ("dx", dz, dz_bound, self.weight.T, products),
-            ("dW", dz.T, dz_bound.T, self.x.T, products),
-            ("db", dz.T, dz_bound.T, dz.new_ones(1, len(dz)), a_sum),
+        for name, actual, left, left_bound, right, ways in (
+            ("dx", gradients[0], dz, dz_bound, self.weight.T, products),
+            ("dW", gradients[1], dz.T, dz_bound.T, self.x.T, products),
+            ("db", gradients[2], dz.T, dz_bound.T, dz.new_ones(1, len(dz)), a_sum),
         ):
-            exact = left @ right.T
-            bound = way.stored(exact, _most(w.product_bound(left, right, a_bound=left_bound) for w in ways))
-            found.append((name, exact, bound))
-        return found
-
-    def check_gradients(self, grad, gradients):
-        """`gradients`: (dx, dW, db), None where one was not wanted."""
-        for (name, exact, bound), gradient in zip(self.gradients(grad), gradients):
-            if gradient is not None:
-                assert gradient.dtype == self.dtype, f"{name}: {gradient.dtype}"
-                assert_within(gradient.reshape(exact.shape), exact, bound, name)
+            if actual is not None:
+                exact = left @ right.T
+                bound = way.stored(exact, _most(w.product_bound(left, right, a_bound=left_bound) for w in ways))
+                assert actual.dtype == self.dtype, f"{name}: {actual.dtype}"
+                assert_within(actual.reshape(exact.shape), exact, bound, name)
 
 
 def within(actual, exact, bound, reach=0.0):
@@ -231,23 +220,18 @@ def within(actual, exact, bound, reach=0.0):
     return (error <= bound) | (overflowed & ((exact.abs() + bound).clamp_min(reach) >= largest))
 
 
-def assert_good(good, actual, exact, bound, what):
+def assert_within(actual, exact, bound, what, reach=0.0):
+    """Asserts that all elements are good in the sense of `within`."""
+    actual = actual.detach()
+    assert actual.shape == exact.shape, f"{what}: shape {list(actual.shape)}, expected {list(exact.shape)}"
+    good = within(actual, exact, bound, reach)
     if not good.all():
-        error = (actual.double() - exact).abs()
-        badness = torch.where(good, -1.0, (error / bound).nan_to_num(nan=torch.inf))
+        badness = torch.where(good, -1.0, ((actual.double() - exact).abs() / bound).nan_to_num(nan=torch.inf))
         at = tuple(int(i) for i in torch.unravel_index(badness.argmax(), exact.shape))
         raise AssertionError(
             f"{what}: {(~good).sum().item()} of {good.numel()} elements are outside their bound; worst at {at}: "
             f"{actual[at].item()!r}, expected {exact[at].item()!r} to {bound[at].item():.3g}"
         )
-
-
-def assert_within(actual, exact, bound, what):
-    """Asserts |actual − exact| ≤ bound, element by element; a NaN fails."""
-    actual = actual.detach()
-    exact, bound = (t.reshape(actual.shape) if t.numel() == actual.numel() else t for t in (exact, bound))
-    assert actual.shape == exact.shape, f"{what}: shape {list(actual.shape)}, expected {list(exact.shape)}"
-    assert_good(within(actual, exact, bound), actual, exact, bound, what)
 
 
 def random_arguments(shape, n, dtype, device, scale=2.0):

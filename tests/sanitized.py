@@ -1,5 +1,6 @@
 """What compute-sanitizer watches (test_long.py): every kernel, on small shapes, with sums that are computed again."""
 
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -18,26 +19,24 @@ M, K, N = 130, 520, 140
 
 
 def cases():
-    """(kernel or None, tile or None, x, weight, bias, scale): the operator in each dtype, and at a size whose gradients
-    are the kernel's, too; then tiles of each kernel.
+    """(kernel or None, tile or None, dtype, (M, K), N): the operator in each dtype, and at a size whose gradients are
+    the kernel's, too; then tiles of each kernel, one of each before the next of each.
     """
-    for dtype in DTYPES:
-        yield None, None, *random_arguments((M, K), N, dtype, "cuda")
-    yield None, None, *random_arguments((64, 1024), 1024, torch.float32, "cuda")
-    some = {kind: tiles(kind[0], K, splits=(1, 3)) for kind in KINDS} if is_hopper else {}
-    for number in range(max(map(len, some.values()), default=0)):  # one tile of each kernel, then the next of each
-        for (kernel, dtype), of_kernel in some.items():
-            if number < len(of_kernel):
-                yield kernel, of_kernel[number], *random_arguments((M, K), N, dtype, "cuda")
+    yield from ((None, None, dtype, (M, K), N) for dtype in DTYPES)
+    yield None, None, torch.float32, (64, 1024), 1024
+    some = [[(kernel, tile, dtype, (M, K), N) for tile in tiles(kernel, K, splits=(1, 3))] for kernel, dtype in KINDS]
+    if is_hopper:
+        yield from filter(None, itertools.chain(*itertools.zip_longest(*some)))
 
 
 def main():
     start, calls = time.perf_counter(), 0
-    for kernel, tile, x, weight, bias, scale in cases():
+    for kernel, tile, dtype, shape, n in cases():
         if time.perf_counter() - start > SECONDS:
             break
+        x, weight, bias, scale = random_arguments(shape, n, dtype, "cuda")
         with settings(PRECISIONS[kernel][1] if kernel else "highest"):
-            if x.dtype == torch.float32:
+            if dtype == torch.float32:
                 x[..., ::8], weight[:, ::8] = 1e20, 0
             expected = Expected(x, weight, bias, scale, ways_of(x, kernel))
             if tile:

@@ -5,22 +5,7 @@ import random
 
 import pytest
 import torch
-from fuzz import (
-    DATA,
-    EDGES,
-    GUARD,
-    LARGE,
-    LAYOUTS,
-    ON_CPU,
-    ON_GPU,
-    PRECISIONS,
-    Case,
-    GuardError,
-    draw,
-    one_thread,
-    place,
-    run,
-)
+from fuzz import DATA, EDGES, LARGE, LAYOUTS, ON_CPU, ON_GPU, Case, GuardError, draw, one_thread, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import DTYPES
@@ -41,73 +26,31 @@ def test_random_calls(source, device):
     run(draw(source, ON_CPU if device == "cpu" else ON_GPU), device)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_each_layout(layout, dtype, device):
-    """Of x, W and b, one at a time, forward and backward."""
-    for which in range(3):
-        layouts = tuple(layout if i == which else "contiguous" for i in range(3))
-        run(dataclasses.replace(PLAIN, dtype=dtype, layout=layouts, gradient="xwb"), device)
-
-
 def test_the_cases_reach_everything():
-    """Of 3000 draws; and each is within the limits."""
+    """3000 draws have every choice of each field, and each draw is within the limits."""
     cases = [draw(random.Random(i), ON_CPU) for i in range(3000)]
     seen = {field.name: {getattr(case, field.name) for case in cases} for field in dataclasses.fields(Case)}
     assert seen["dtype"] == {str(dtype).removeprefix("torch.") for dtype in DTYPES}
-    assert seen["precision"] == set(PRECISIONS) and seen["module"] == {False, True}
-    assert seen["gradient"] == {"", "xwb", "wb", "x", "w", "b"}
+    assert seen["precision"] == {"highest", "high", "medium"}
+    assert seen["gradient"] == {"", "xwb", "wb", "x", "w", "b"} and {0.0, 1e3, -1e3} < seen["scale"]
     assert {len(leading) for leading in seen["leading"]} == {0, 1, 2, 3}
-    assert {0.0, 1e3, -1e3} < seen["scale"] and all(abs(scale) <= 1e3 for scale in seen["scale"])
-    for size in ("n", "k"):
-        assert set(EDGES) - {3001} <= seen[size] and max(seen[size]) > 2000
-    for which in range(3):
-        assert {case.layout[which] for case in cases} == set(LAYOUTS)
-    for which in range(2):
-        assert {case.data[which] for case in cases} == set(DATA)
+    assert set(EDGES) - {3001} <= seen["n"] & seen["k"]
+    assert all({case.layout[which] for case in cases} == set(LAYOUTS) for which in range(3))
+    assert all({case.data[which] for case in cases} == set(DATA) for which in range(2))
     rows = [torch.Size(case.leading).numel() for case in cases]
     assert 0 in rows and max(rows) > 1000
     assert all(m * case.n * case.k <= ON_CPU.work for m, case in zip(rows, cases))
 
 
-@pytest.mark.parametrize("shape", [(5,), (1,), (0,), (3, 4), (1, 4), (3, 0), (2, 3, 4), (2, 1, 3, 4)], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_hold_their_contents_amid_nan(layout, shape):
-    contents = torch.randn(shape)
-    if layout == "expanded" and shape[0]:
-        contents = contents[:1].expand(shape)
-    inside, buffer = place(contents, layout)
-    assert torch.equal(inside, contents)
-    numbers = buffer.view(torch.float32)
-    assert numbers[:GUARD].isnan().all() and numbers[-GUARD:].isnan().all()
-    held = contents[:1].numel() if layout == "expanded" else contents.numel()
-    assert (~numbers.isnan()).sum() == held
-    if layout not in ("contiguous", "flipped") and shape == (2, 3, 4):
-        assert not inside.is_contiguous() or inside.data_ptr() % 16 or inside.is_neg()
-
-
 def test_the_large_cases_enter_the_kernels_that_need_them():
-    precisions = ("float32", "tf32", "16 bit")
-    tiles = {precision: [model_new.select_tile(precision, m, n, k) for m, n, k in LARGE] for precision in precisions}
-    entered = {precision: {tile[0] for tile in of if tile} for precision, of in tiles.items()}
-    assert entered == {"float32": {"fp16x3"}, "tf32": {"fp16x1", "fp16x1_staged"}, "16 bit": {"wgmma16"}}
+    for precision, kernels in (("tf32", {"fp16x1", "fp16x1_staged"}), ("16 bit", {"wgmma16"})):
+        served_by = [model_new.select_tile(precision, m, n, k) for m, n, k in LARGE]
+        assert {tile[0] for tile in served_by if tile} == kernels
 
 
 # mistakes that must be seen
 
-PLAIN = Case(
-    leading=(33,),
-    n=48,
-    k=64,
-    dtype="float32",
-    precision="highest",
-    scale=2.0,
-    data=("normal", "normal", "normal"),
-    layout=("wider rows", "contiguous", "contiguous"),
-    gradient="",
-    module=False,
-    seed=0,
-)
+PLAIN = Case(leading=(33,), n=48, k=64, layout=("wider rows", "contiguous", "contiguous"))
 operator = model_new.linear_sigmoid_residual  # the right one
 
 
@@ -165,6 +108,7 @@ MISTAKES = {  # what is wrong, in a case that differs from PLAIN in this, and wh
     "rounded twice": (out_becomes(lambda out: out * (1 + 2.0**-6)), {"dtype": "bfloat16"}, "outside"),
     "float64 in float32": (out_becomes(lambda out: out.float().double()), {"dtype": "float64"}, "outside"),
     "16 bits at 'high'": (out_becomes(lambda out: out.bfloat16().float()), {"precision": "high"}, "outside"),
+    "between x's rows read": (lambda x, w, b, s: operator(x + 0 * behind(x[:3], 66), w, b, s), {}, "outside"),
     "x written": (written(lambda x, w, b: x[5, 7]), {}, "was written"),
     "between x's rows written": (written(lambda x, w, b: behind(x[:3], 66)), {}, "was written"),
     "before W written": (written(lambda x, w, b: behind(w[:1], -1)), {}, "was written"),

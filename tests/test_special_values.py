@@ -39,12 +39,9 @@ SPECIALS = {  # edits of normal numbers
     "Inf - Inf in x": put((INF, "x", 2, 7), (-INF, "x", 2, 9), (1.0, "W", ALL, 7), (1.0, "W", ALL, 9)),
     "Inf in x and in W": put((INF, "x", 2, 7), (INF, "W", 7, 9), (-INF, "W", 8, 7)),
     "Inf in z, -Inf in b": put((INF, "x", 2, 7), (-INF, "b", slice(0, None, 2))),
-    "a row of Inf": put((INF, "x", 2)),
     "Inf in all rows of x": put((INF, "x", ALL, 5)),
     "-Inf in many rows of W": put((-INF, "W", slice(3, 131), 5)),
-    "a NaN in every row": put((NAN, "x", ALL, 7)),
     "x is NaN": put((NAN, "x")),
-    "W is Inf": put((INF, "W")),
     "everything is Inf": put((INF, "x"), (INF, "W"), (INF, "b")),
     "largest number in x": put((largest, "x", 2, 7), (0.5, "W", ALL, 7)),
     "largest number in W": put((largest, "W", 2, 7), (0.5, "x", ALL, 7)),
@@ -59,7 +56,6 @@ SPECIALS = {  # edits of normal numbers
     "rows of zeros": put((0.0, "x", 2), (0.0, "W", 3)),
     "everything is zero": put((0.0, "x"), (0.0, "W"), (0.0, "b")),
     "everything is -0": put((-0.0, "x"), (-0.0, "W"), (-0.0, "b")),
-    "rows of -0": put((-0.0, "x", 2), (-0.0, "W", 3), (-0.0, "b", slice(0, 9))),
     "denormal x, b = 0": put((denormal, "x"), (0.0, "b")),
     "denormal W, b = 0": put((denormal, "W"), (0.0, "b")),
     "some rows denormal, b = 0": put((lambda t: denormal(t[:2]), "x", slice(0, 2)), (0.0, "b")),
@@ -118,9 +114,9 @@ def test_the_operator(dtype, precision, m, k, n, device):
 @needs_hopper
 @each_kind
 def test_every_tile(kernel, dtype):
-    """In out and in z. Where nothing is to be added, out is the bias' own."""
+    """Each tile has special values where eager has them, in out and in z. In 16 bits TMA stores the 264 columns."""
     with settings(PRECISIONS[kernel][1]):
-        for m, n, k in [(130, 140, 200), (300, 260, 203)]:
+        for m, n, k in [(130, 140, 200), (300, 264, 203)]:
             for what, edit in SPECIALS.items():
                 x, weight, bias, _ = random_arguments((m, k), n, dtype, "cuda")
                 edit(x, weight, bias)
@@ -161,32 +157,19 @@ def test_the_epilogue(dtype, scale, device):
     assert ((out.double() - right.double()).abs() <= bound).all()
 
 
-def test_in_x_it_stays_in_its_row(device):
-    x, weight, bias, scale = random_arguments((6, 40), 30, torch.float32, device)
-    clean = linear_sigmoid_residual(x, weight, bias, scale)
-    x[2, 7], x[4, 11] = INF, NAN
-    out = linear_sigmoid_residual(x, weight, bias, scale)
-    assert torch.equal(out[2], eager(x, weight, bias, scale)[2])  # ±Inf, all of it
-    assert out[4].isnan().all()
-    others = [0, 1, 3, 5]
-    assert torch.equal(out[others], clean[others])
-
-
 @needs_hopper
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("where", ["x", "W", "b"])
+@pytest.mark.parametrize("which", range(3), ids=["x", "W", "b"])
 @each_kind
-def test_in_a_tile_it_stays_in_its_row_or_column(kernel, dtype, where, value):
-    """The others are, bit for bit, what they were; in several tiles one after the other, too."""
+def test_in_a_tile_it_stays_in_its_rows_or_columns(kernel, dtype, which):
+    """The other rows or columns keep their bits, in several tiles one after the other, too."""
     for m, n, k in [(130, 140, 200), (300, 520, 1000), (1300, 4000, 68)]:
-        case = x, weight, bias, _ = random_arguments((m, k), n, dtype, "cuda")
+        case = random_arguments((m, k), n, dtype, "cuda")
         some = tiles(kernel, k, splits=(1, 3))
         clean = [by_tile(tile, *case) for tile in some]
-        tensor = {"x": x, "W": weight, "b": bias}[where]
-        at = tensor.shape[0] - 2, *([k - 3] if tensor.dim() == 2 else [])
-        tensor[at] = value
-        same = torch.ones(m, n, dtype=torch.bool, device="cuda")
-        (same if where == "x" else same.T)[at[0]] = False
+        tensor, same = case[which], torch.ones(m, n, dtype=torch.bool, device="cuda")
+        for row, value in ((3, NAN), (70, INF), (-2, -INF)):
+            tensor[(row, k - 3) if tensor.dim() == 2 else row] = value
+            (same if which == 0 else same.T)[row] = False
         right = eager(*case)
         for tile, before in zip(some, clean):
             out = by_tile(tile, *case)
