@@ -225,17 +225,20 @@ def test_a_changed_text_runs_its_own_code(monkeypatch):
 
 @needs_cuda
 def test_changed_device_code_runs_beside_the_first(monkeypatch):
-    """Compiles kernels.cu once more, with another activation."""
+    """kernels.cu is compiled once more, with an activation that is not z where s = 0: the products have none."""
     monkeypatch.chdir(pathlib.Path(model_new.__file__).parent)
     kernels = pathlib.Path("kernels.cu").read_text(encoding="utf-8")
     other_kernels = kernels.replace("return z + s * sigmoid<kFast>(z);", "return z + s * sigmoid<kFast>(z) + 1;")
     assert other_kernels != kernels
     other = executed(TEXT.replace("KERNELS_SOURCE = None", f"KERNELS_SOURCE = {other_kernels!r}", 1))
-    for shape, n in (((6, 40), 24), ((64, 1024), 512)):  # by the library and, on Hopper, by the fused kernel
-        arguments = random_arguments(shape, n, torch.float32, "cuda")
-        expected = linear_sigmoid_residual(*arguments)
-        torch.testing.assert_close(other["linear_sigmoid_residual"](*arguments), expected + 1)
-        assert torch.equal(linear_sigmoid_residual(*arguments), expected)
+    for shape, n in (((6, 40), 24), ((512, 1024), 512)):  # by the library and, on Hopper, by the fused kernel
+        *tensors, scale = random_arguments(shape, n, torch.float32, "cuda")
+        leaves = [t.requires_grad_() for t in tensors]
+        expected, result = (f(*leaves, scale) for f in (linear_sigmoid_residual, other["linear_sigmoid_residual"]))
+        torch.testing.assert_close(result, expected + 1)
+        grad = torch.randn_like(expected)
+        gradients = [torch.autograd.grad(out, leaves, grad) for out in (expected, result)]
+        assert all(map(torch.equal, *gradients))
 
 
 def test_texts_executed_by_several_threads_at_once(monkeypatch):
