@@ -2765,7 +2765,7 @@ constexpr TileCosts kTileCosts[] = {
     {{0.56, 0.65, 0.68, 0.85}, {0, 0, 0, 0, 1.05}, 2.9, 0.029, 0.09, 3.4, 0.264, 0, 4.5, 0.95},
     {{}, {0, 0, 0, 0, 0.82}, 2.9, 0, 0, 3.4, 0, 0.36, 4.5, 0.95},
 };
-constexpr double kPadMegabyte = 0.5, kPadLaunch = 2.5;  // padding W
+constexpr double kPadLaunches = 14, kPadMillion = 2.8;  // padding W and x; of each million entries
 
 // The library's GEMM and the epilogue kernel after it.
 struct LibraryCosts {
@@ -2812,7 +2812,8 @@ static double tile_microseconds(const Product& product, const Choice& tile, doub
   const double adding_up = tile.splits > 0 ? costs.split * tile.splits + costs.row * tile.rows : 0;
   const double compute = waves * (blocks_of_k * per_block + costs.tile + adding_up);
   const double megabytes = product.weight_megabytes();
-  const double padding = product.is_aligned() ? 0 : kPadLaunch + kPadMegabyte * megabytes;
+  const double entries = 1e-6 * double(product.m + product.n) * double(product.k);
+  const double padding = product.is_aligned() ? 0 : kPadLaunches + kPadMillion * entries;
   const double stream = costs.stream + costs.megabyte * megabytes * (1 + idle_readers * (1 - blocks / (waves * kSMs)));
   return std::max(compute, stream) + costs.stage * megabytes + padding +
          1e-6 * double(product.m) * (costs.split_x * double(product.k) + costs.store * double(product.n));

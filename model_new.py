@@ -785,9 +785,8 @@ def export(path):
     with open(os.path.abspath(__file__), encoding="utf-8") as file:
         script = file.read()
     embedded = f"KERNELS_SOURCE = r'''{_kernels_source()}'''\n"
-    script = script if KERNELS_SOURCE is not None else script.replace("KERNELS_SOURCE = None\n", embedded, 1)
     with open(path, "w", encoding="utf-8") as file:
-        file.write(script)
+        file.write(script.replace("KERNELS_SOURCE = None\n", embedded, 1))  # nothing to replace in an exported file
 
 
 @torch.no_grad()

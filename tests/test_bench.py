@@ -71,7 +71,8 @@ def measure(monkeypatch):
     }.items():
         monkeypatch.setattr(measure, name, value)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     with one_thread():
         yield measure
 
