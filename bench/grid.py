@@ -43,10 +43,10 @@ class Precision(NamedTuple):
 
 
 PRECISIONS = {
-    "highest": Precision(torch.float32, "highest", products=3, rate=840e12, limit=1e-5),
-    "high": Precision(torch.float32, "high", products=1, rate=840e12, limit=2e-3),
-    "bfloat16": Precision(torch.bfloat16, "highest", products=1, rate=868e12, limit=1e-2),
-    "float16": Precision(torch.float16, "highest", products=1, rate=840e12, limit=2e-3),
+    "highest": Precision(torch.float32, "highest", products=3, rate=814e12, limit=1e-5),
+    "high": Precision(torch.float32, "high", products=1, rate=814e12, limit=2e-3),
+    "bfloat16": Precision(torch.bfloat16, "highest", products=1, rate=851e12, limit=1e-2),
+    "float16": Precision(torch.float16, "highest", products=1, rate=814e12, limit=2e-3),
 }
 ROWS = 1, 3, 16, 64, 128, 257, 512, 1024, 2048, 4096, 8192  # M
 SIZES = (8192, 8192), (1024, 512), (768, 3072), (4096, 11008), (11008, 4096), (8191, 8193)  # K, N

@@ -143,7 +143,7 @@ def accuracy(rows):
             ours, library = row[key], row["library_" + key]
             worse = not ours <= library and not (math.isnan(ours) and math.isnan(library))  # both: 0 / 0 somewhere
             cells += [f"**{error(ours)}**" if worse else error(ours), error(library)]
-        body.append([*cells, f"{row['ms']:.2f}", f"{row['speedup']:.2g}×"])
+        body.append([*cells, f"{row['ms']:.2f}", f"{row['speedup']:.2f}×"])
     kernel, library = rows[0]["kernel"], "SGEMM" if rows[0]["precision"] == "highest" else "TF32"
     header = ["data", f"{kernel}, Frobenius", library, f"{kernel}, componentwise", library, "ms", "against eager"]
     note = f"{WHERE.format(**rows[0])}, {kind(rows[0])}. Errors of z. Bold: worse than {library}."
@@ -205,9 +205,10 @@ def accuracy_grid(rows):
         for kind in [*dict.fromkeys(kind for kind, *_ in cells), None]:
             some = [cell for cell in cells if kind in (None, cell[0])]
             good, bad = good_and_bad(some)
-            _, shape, ours, theirs = max(some, key=lambda cell: cell[2] / max(cell[3], 1e-300) if cell[2] else 0)
+            _, shape, ours, theirs = max(some, key=lambda cell: cell[2] / max(AS_GOOD * cell[3], ROUNDOFF))
             worst = f"{error(ours)}, {error(theirs)} at {', '.join(map(str, shape))}"
-            body.append([f"{what}, {kind or 'all'}", len(some), f"{len(good) / len(some):.0%}", len(bad), worst])
+            name = f"{what}, {kind or 'all'}".replace("|", r"\|")  # |normal|
+            body.append([name, len(some), f"{len(good) / len(some):.0%}", len(bad), worst])
     header = ["relative Frobenius error", "cells", f"≤ {AS_GOOD} × eager's", f"above that and {ROUNDOFF:g}"]
     note = (
         "{gpu}, torch {torch}, {dtype}, '{precision}'; shapes that fp16x3 serves. Against float64; eager's on the same"
