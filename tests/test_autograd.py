@@ -57,6 +57,20 @@ def test_a_batch_of_gradients_at_once(layer):
     torch.testing.assert_close(ours, eagers)
 
 
+@each_layer
+def test_a_gradient_with_a_tangent(layer):
+    """Forward mode through the backward alone: the gradient that comes in is a dual number."""
+    *tensors, scale = small_leaves(layer)
+    grad, tangent = torch.randn(2, 24, 56, device=layer.device)
+    tangents = []
+    for function in (layer.function, eager):
+        out = function(*tensors, scale)
+        with forward_ad.dual_level():
+            gradients = torch.autograd.grad(out, tensors, forward_ad.make_dual(grad, tangent))
+            tangents.append([forward_ad.unpack_dual(gradient).tangent for gradient in gradients])
+    torch.testing.assert_close(*tangents)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape, n", [((1, 1), 1), ((3, 5), 7), ((64, 128), 96), ((257, 130), 67), ((3, 4, 24), 32)])
 def test_gradients_are_the_layers(shape, n, dtype, device):
