@@ -308,7 +308,7 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-// Returns a if `first`, else b, without a branch, which would take longer than to compute both.
+// Returns a if `first`, else b, without a branch: computing both is cheaper.
 __device__ __forceinline__ float select(bool first, float a, float b) {
   float result;
   asm("{\n .reg .pred p;\n setp.ne.u32 p, %3, 0;\n selp.f32 %0, %1, %2, p;\n}"
@@ -366,8 +366,8 @@ __device__ __forceinline__ void mbarrier_arrive_remote(uint32_t barrier, uint32_
       "r"(block)
       : "memory");
 }
-// Waits for the end of the barrier's phase of this parity. After it, what was done in this block, by TMA or by bulk
-// copies is visible; `semantics` may ask for more.
+// Waits for the end of the barrier's phase of this parity. Writes made in this block, by TMA and by bulk copies are
+// visible then; `semantics` may extend that.
 #define DEFINE_MBARRIER_WAIT(name, semantics)                               \
   __device__ __forceinline__ void name(uint32_t barrier, uint32_t parity) { \
     uint32_t done;                                                          \
@@ -386,8 +386,8 @@ DEFINE_MBARRIER_WAIT(mbarrier_wait, "")
 DEFINE_MBARRIER_WAIT(mbarrier_wait_cluster, ".acquire.cluster")  // also what other blocks of the cluster have stored
 
 // Copies one box of a 2-d tensor, which begins at (column, row), to the same shared-memory offset of every block in
-// `blocks` (a bit mask), and counts its bytes on the barrier at the same offset in each of them. What of the box lies
-// outside of the tensor is zero.
+// `blocks` (a bit mask), and counts its bytes on the barrier at the same offset in each of them. Elements outside of
+// the tensor are filled with zeros.
 __device__ __forceinline__ void cp_async_bulk_tensor_2d(uint32_t to, const CUtensorMap* map, int column, int row,
                                                         uint32_t barrier, uint16_t blocks) {
   asm volatile(
@@ -396,8 +396,8 @@ __device__ __forceinline__ void cp_async_bulk_tensor_2d(uint32_t to, const CUten
       "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
       : "memory");
 }
-// Copies one box from shared memory to a 2-d tensor, as part of this thread's current group. What of the box lies
-// outside of the tensor is not stored.
+// Copies one box from shared memory to a 2-d tensor, as part of this thread's current group. Elements outside of the
+// tensor are skipped.
 __device__ __forceinline__ void cp_async_bulk_tensor_2d_store(const CUtensorMap* map, int column, int row,
                                                               uint32_t from) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(column),
@@ -1234,8 +1234,7 @@ template <typename T> __device__ __forceinline__ void convert_w(const Block<T>& 
           st_shared_v4((to + part * T::kConvertedPartBytes) ^ i * 16, chunk);
         }
       if (half == 0) st_shared(inverses + row * 4, inverse_of(scale));
-      // Without it wgmma and the bulk copies, which read through the asynchronous proxy, might see what was there
-      // before.
+      // Makes the stores visible to wgmma and the bulk copies, which read through the asynchronous proxy.
       fence_proxy_async_shared();
       __syncwarp();
       // Every thread arrives for what it has stored. The first also announces the bytes that the other block's warp
@@ -1406,10 +1405,10 @@ template <typename T> struct Consumer {
 // ---- Consumers: main loops
 //
 // How sums stay accurate (fp16x3). The tensor core truncates toward 0 whenever it adds to its accumulator, so that a
-// product comes out too small, in the mean of normal data by 1.9e-7 if 64 k are added as they come. Therefore a block's
-// small products, lo * hi and hi * lo, come before its large ones: the accumulator is large for four additions instead
-// of eleven. What is left, as the mean relative error of the products of such data, in units of 1e-7, by the number of
-// accumulators that share the four steps (1, 2 or 4):
+// product comes out too small: on average, for normal data, by 1.9e-7 if the products of 64 k are added step by step.
+// Therefore a block's small products, lo * hi and hi * lo, come before its large ones: the accumulator is large for
+// four additions instead of ten. What is left, as the mean relative error of the products of such data, in units of
+// 1e-7, by the number of accumulators that share the four steps (1, 2 or 4):
 //   normal -0.9 -0.6 -0.4    positive -1.8 -0.8 -0.4    |normal| -2.0 -0.8 -0.4    10 % nonzeros -0.6 -0.4 -0.4
 // Half of that is given back by a factor 1 + 2^-23 (1.2e-7) on the scale of every block, every second or every fourth.
 
@@ -1925,7 +1924,7 @@ template <typename T> struct Repair {
   static __device__ __forceinline__ bool any(bool of_this_thread) {
     return bar_red_or(kConsumersBarrier, kConsumerThreads, of_this_thread);
   }
-  // A row of x or W; a transposed W's column. What comes of those outside is not used, but must be read from somewhere.
+  // A row of x or W; a transposed W's column. Rows outside are clamped: their values are unused, but are read.
   __device__ __forceinline__ const float* row_of_x(int m) const {
     return static_cast<const float*>(args.x) + min(m, args.m - 1) * args.x_stride;
   }
