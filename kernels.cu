@@ -8,7 +8,7 @@
 //   element types, the activation    a new activation goes into activation() and activation_derivative()
 //   element-wise kernels             the library's epilogue, the backward's epilogue, the bias gradient
 //   PTX                              one thin function for each instruction
-//   preparing rows                   splits float32 rows into fp16 parts; pads rows
+//   preparing rows                   splits float32 rows into fp16 parts
 //   namespace hopper                 linear_kernel: GEMM and epilogue in one kernel, for compute capability 9.0
 //     tiles, shared memory, scheduler, producers, converters, consumers, exchange between blocks that split K,
 //     lost sums and their repair, stores, the kernel, launches
@@ -54,11 +54,13 @@ enum class Kernel : int { kWgmma16 = 0, kFp16x3 = 1, kFp16x1 = 2, kFp16x1Staged 
 constexpr int kTileN = 128;    // columns of out in every tile of the fused kernel
 constexpr int kTileK = 64;     // it multiplies K in blocks of this many
 constexpr int kMaxSplits = 4;  // blocks that share a tile, each with a part of K
+constexpr int parts_of(Kernel kernel) { return kernel == Kernel::kFp16x3 ? 2 : 1; }  // of an operand: hi, lo
 // Whether pairs of blocks share W, converted, or else x. splits: 0 where blocks do not share a tile.
 constexpr bool shares_w(Kernel kernel, int rows, int splits) {
   return (kernel == Kernel::kFp16x3 || kernel == Kernel::kFp16x1) && splits == 0 && rows == 256;
 }
 
+// On the host, and in constants: nvcc lets no device code call them.
 template <typename T, typename U> constexpr T ceil_div(T size, U unit) { return (size + T(unit) - 1) / T(unit); }
 template <typename T, typename U> constexpr T round_up(T size, U unit) { return ceil_div(size, unit) * T(unit); }
 
@@ -271,7 +273,7 @@ static cudaError_t launch_backward_width(const T* grad, const T* z, T* dz, compu
   const int64_t rows_per_block = ceil_div(rows, strips);
   epilogue_backward_kernel<T, kWidth><<<grid, dim3(32, kBackwardWarps), 0, stream>>>(
       grad, z, dz, partial_sums, rows, cols, rows_per_block, compute_t<T>(s));
-  reduce_columns_kernel<T><<<unsigned((cols + 127) / 128), 128, 0, stream>>>(partial_sums, dbias, strips, cols);
+  reduce_columns_kernel<T><<<unsigned(ceil_div(cols, 128)), 128, 0, stream>>>(partial_sums, dbias, strips, cols);
   return cudaGetLastError();
 }
 
@@ -625,7 +627,7 @@ __device__ __forceinline__ void split2(float a, float b, float scale, uint32_t& 
 }
 
 // ---------------------------------------------------------------------------- preparing rows of x and W
-// For any architecture: scales of rows and their split into hi and lo, and copies whose rows TMA can read.
+// For any architecture: scales of rows, and their split into hi and lo.
 
 constexpr int kPaddedRowsUnit = 512;  // the length of inverse_scale is rounded up to a multiple of this
 
@@ -833,7 +835,7 @@ template <Kernel kKernel_, typename Element_, int kRows_, bool kSplitK_, bool kT
 
   // How the operands reach the tensor cores.
   static constexpr bool kIsFloat = std::is_same_v<Element, float>;
-  static constexpr int kParts = kKernel == Kernel::kFp16x3 ? 2 : 1;  // hi, lo
+  static constexpr int kParts = parts_of(kKernel);
   static constexpr bool kConvertsW = kKernel == Kernel::kFp16x3 || kKernel == Kernel::kFp16x1;
   // Float32 W is converted by warps of its own, half of it in each block of a cluster, or else by the consumers.
   static constexpr bool kSharesW = shares_w(kKernel, kRows, kSplitK);
@@ -2665,8 +2667,6 @@ int is_hopper(int device) {
   return major == 9 && minor == 0;
 }
 
-static int parts_of(Kernel kernel) { return kernel == Kernel::kFp16x3 ? 2 : 1; }
-
 // Bytes of scratch memory that linear_hopper needs.
 int64_t linear_hopper_scratch(int64_t m, int64_t n, int64_t k, int kernel) {
   const auto which = static_cast<Kernel>(kernel);
@@ -2788,7 +2788,8 @@ constexpr int kSMs = 132;
 static int64_t blocks_of(const Product& product, const Choice& tile) {
   const int64_t along_m = ceil_div(product.m, tile.rows), along_n = ceil_div(product.n, kTileN);
   if (tile.splits > 0) return along_m * along_n * tile.splits;
-  return shares_w(tile.kernel, tile.rows, 0) ? round_up(along_m, 2) * along_n : along_m * round_up(along_n, 2);
+  return shares_w(tile.kernel, tile.rows, tile.splits) ? round_up(along_m, 2) * along_n
+                                                       : along_m * round_up(along_n, 2);
 }
 
 // How much longer it takes to read W for each part of the SMs that is idle. Not counted between tiles, whose costs are
