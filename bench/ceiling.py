@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import model_new
-from bench.measure import steady
+from bench.timing import steady
 
 ROUNDS, PRODUCTS, BLOCK_FLOP = 4000, 24, 2 * 128 * 128 * 16  # of a launch, of a round, of a block's two wgmmas
 KERNEL = r"""

@@ -28,13 +28,12 @@ from bench.data import data_sets, everyday_sets, kinds
 from bench.records import conditions_row, described_conditions, row, sampled_conditions, save
 from bench.rivals import BARE_GEMMS, JAX_BLOCK, SCALE, SGEMM, YARDSTICK, JaxLayer, contenders
 from bench.tables import AS_GOOD, ROUNDOFF, good_and_bad, read, results_path, some_of
-from bench.timing import block_milliseconds, in_turns, spread
+from bench.timing import block_milliseconds, in_turns, spread, steady
 from model_new import Model, ModelNew, errors_against_float64, linear_sigmoid_residual, select_kernel, times_in_turns
 
 DEVICE = "cuda"
 DTYPES = "float32", "float16", "bfloat16"
 WARM_UP_SECONDS = 1.0  # of the timed work itself, so that clocks and power have settled
-STEADY_SECONDS = 3.0  # of a load whose power is measured: nvidia-smi's is a mean over the last second
 HOST_CALLS = 1000
 HOST_BLOCK = 50  # calls between two synchronizations: with backward under 1000 launches, which the queue holds
 
@@ -354,26 +353,6 @@ def epilogue_section(arguments):
 
 
 # ----------------------------------------------------------------------------------------------------- energy
-
-
-def steady(function):
-    """{ms, sm_clock_mhz, power_w, millijoules} of a call, calls back to back; null what nvidia-smi does not say.
-
-    The first half of the time warms up: clock and power are medians of the second.
-    """
-
-    def milliseconds():
-        blocks, start = [], time.perf_counter()
-        while time.perf_counter() - start < STEADY_SECONDS / 2:
-            blocks.append(block_milliseconds(function, HOST_BLOCK))
-        return statistics.mean(blocks) / HOST_BLOCK
-
-    with sampled_conditions() as samples:
-        milliseconds()
-        warming = len(samples)
-        ms = milliseconds()
-        clock, power, _ = [statistics.median(column) for column in zip(*samples[warming:])] or [None] * 3
-    return {"ms": ms, "sm_clock_mhz": clock, "power_w": power, "millijoules": power and ms * power}
 
 
 def energy_section(arguments):

@@ -9,7 +9,6 @@ them. Needs nvcc, and cuobjdump and nvdisasm, which the toolkit or the triton pa
 """
 
 import argparse
-import importlib.util
 import os
 import re
 import shutil
@@ -18,28 +17,38 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.tables import ROOT
 from model_new import find_cuda_home, nvcc_flags
 
 
+def disassemble(binary, toolkit):
+    """{mangled kernel name: SASS} of an object file. cuobjdump, and nvdisasm, which it runs, are the toolkit's, those of
+    triton, which is installed beside torch, or on PATH. Raises FileNotFoundError where there is no cuobjdump.
+    """
+    folders = [f"{toolkit}/bin", f"{torch.__path__[0]}/../triton/backends/nvidia/bin", os.environ["PATH"]]
+    environment = {**os.environ, "PATH": os.pathsep.join(folders)}
+    command = ["cuobjdump", "-sass", binary]
+    text = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    return dict(part.split("\n", 1) for part in re.split(r"^\s*Function : ", text, flags=re.MULTILINE)[1:])
+
+
 def machine_code(source, arch):
     """{demangled kernel name: [instruction]} of a kernels.cu's text."""
-    toolkit, triton = f"{find_cuda_home()}/bin", importlib.util.find_spec("triton")
-    folders = [toolkit, *(f"{folder}/backends/nvidia/bin" for folder in triton.submodule_search_locations)]
-    environment = os.environ | {"PATH": os.pathsep.join([*folders, os.environ["PATH"]])}
+    toolkit = find_cuda_home()
     with tempfile.TemporaryDirectory() as folder:
         text, cubin = Path(folder) / "kernels.cu", Path(folder) / "kernels.cubin"
         text.write_text(source, encoding="utf-8")
         flags = [*nvcc_flags([arch]), "-std=c++17", "-cubin"]
-        subprocess.run([f"{toolkit}/nvcc", *flags, text, "-o", cubin], check=True)
-        captured = {"check": True, "capture_output": True, "text": True}
-        dump = subprocess.run(["cuobjdump", "-sass", cubin], env=environment, **captured).stdout
-        dump = subprocess.run([shutil.which("c++filt") or "cat"], input=dump, **captured).stdout
+        subprocess.run([f"{toolkit}/bin/nvcc", *flags, text, "-o", cubin], check=True)
+        functions = disassemble(cubin, toolkit)
+    demangle = [shutil.which("c++filt") or "cat"]
+    names = subprocess.run(demangle, input="\n".join(functions), check=True, capture_output=True, text=True).stdout
     kernels = {}
-    for part in dump.split("\t\tFunction : ")[1:]:
-        name, _, body = part.partition("\n")
+    for name, body in zip(names.splitlines(), functions.values(), strict=True):
         instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", body, re.MULTILINE)
         kernels[name] = [re.sub(r"c\[0x0\]\[0x[0-9a-f]+\]", "c[0x0][]", text) for text in instructions]
     return kernels

@@ -97,18 +97,6 @@ def float32_sums():
         yield
 
 
-@pytest.fixture
-def model_pair():
-    """(K, N, scale=2.0, **to) -> Model and ModelNew with the same weights."""
-
-    def make(k, n, scale=2.0, **to):
-        reference, new = model_new.Model(k, n, scale), model_new.ModelNew(k, n, scale)
-        new.load_state_dict(reference.state_dict())
-        return reference.to(**to), new.to(**to)
-
-    return make
-
-
 class Operators(TorchDispatchMode):
     """Names of our operators that kernels.cu implements; others consist of PyTorch's before a mode sees them."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, compile_for_cpu, needs_cuda
+from reference import model_pair
 from torch.utils.cpp_extension import include_paths, library_paths
 
 import model_new
@@ -42,9 +43,7 @@ class Layer:
 
     def pair(self, k, n, scale=2.0, **to):
         """(Model, ModelNew with the same weights)"""
-        reference, new = model_new.Model(k, n, scale), self.module.ModelNew(k, n, scale)
-        new.load_state_dict(reference.state_dict())
-        return reference.to(self.device, **to), new.to(self.device, **to)
+        return model_pair(k, n, scale, self.module, device=self.device, **to)
 
 
 @functools.cache

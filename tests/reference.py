@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+import model_new
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 
@@ -241,6 +243,13 @@ def random_arguments(shape, n, dtype, device, scale=2.0):
     weight = torch.randn(n, k, dtype=torch.float64) / max(k, 1) ** 0.5
     bias = torch.randn(n, dtype=torch.float64)
     return *(t.to(device=device, dtype=dtype) for t in (x, weight, bias)), scale
+
+
+def model_pair(k, n, scale=2.0, module=model_new, **to):
+    """(Model, ModelNew with the same weights), the latter of an execution of model_new.py; to: as of nn.Module.to."""
+    reference, new = model_new.Model(k, n, scale), module.ModelNew(k, n, scale)
+    new.load_state_dict(reference.state_dict())
+    return reference.to(**to), new.to(**to)
 
 
 def eager(x, weight, bias, scale):

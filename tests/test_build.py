@@ -20,7 +20,7 @@ from tiles import KINDS, tiles
 from torch.utils import cpp_extension
 
 import model_new
-from bench import bindings
+from bench import bindings, sass
 
 ROOT = pathlib.Path(model_new.__file__).parent
 TINY = """
@@ -91,17 +91,13 @@ def test_compiles_without_a_warning_or_a_spill(arch, compiled):
 @pytest.fixture
 def machine_code(toolkit, compiled):
     """arch -> {mangled name: SASS} of the variants of linear_kernel."""
-    # Of cuobjdump and nvdisasm, which it runs: the toolkit, triton, which is installed beside torch, and PATH.
-    folders = [f"{toolkit}/bin", f"{torch.__path__[0]}/../triton/backends/nvidia/bin", os.environ["PATH"]]
-    path = os.pathsep.join(folders)
-    cuobjdump = shutil.which("cuobjdump", path=path) or missing("cuobjdump: install triton or the CUDA toolkit")
 
     def disassemble(arch):
-        command = [cuobjdump, "-sass", compiled(arch)[1]]
-        result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
-        assert result.returncode == 0, result.stderr
-        functions = (text.split("\n", 1) for text in re.split(r"^\s*Function : ", result.stdout, flags=re.M)[1:])
-        return {name: code for name, code in functions if "linear_kernel" in name}
+        try:
+            functions = sass.disassemble(compiled(arch)[1], toolkit)
+        except FileNotFoundError:
+            missing("cuobjdump: install triton or the CUDA toolkit")
+        return {name: code for name, code in functions.items() if "linear_kernel" in name}
 
     return disassemble
 

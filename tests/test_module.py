@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import is_fused
+from reference import model_pair
 from torch import nn
 from torch.nn.modules.module import (
     register_module_forward_hook,
@@ -52,7 +53,7 @@ def test_repr_names_the_scale():
 
 
 @pytest.fixture
-def alike(model_pair, device):
+def alike(device):
     """(Model, ModelNew with the same weights, x [3, 6])"""
     return *model_pair(6, 5, device=device), torch.randn(3, 6, device=device)
 

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from reference import model_pair
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
@@ -15,7 +16,7 @@ SHAPES = {"small": (6, 40, 24), "large": (128, 512, 1024)}  # M, K, N; on Hopper
 
 
 @pytest.fixture(params=SHAPES)
-def setting(request, model_pair, device):
+def setting(request, device):
     """(Model, ModelNew with the same weights, an x)"""
     m, k, n = SHAPES[request.param]
     assert request.param == "small" or select_tile("float32", m, n, k)
