@@ -26,8 +26,9 @@ from model_new import find_cuda_home, nvcc_flags
 
 
 def disassemble(binary, toolkit):
-    """{mangled kernel name: SASS} of an object file. cuobjdump, and nvdisasm, which it runs, are the toolkit's, those of
-    triton, which is installed beside torch, or on PATH. Raises FileNotFoundError where there is no cuobjdump.
+    """{mangled kernel name: SASS} of an object file. Raises FileNotFoundError where there is no cuobjdump.
+
+    It, and nvdisasm, which it runs, are the toolkit's, those of triton, which is installed beside torch, or on PATH.
     """
     folders = [f"{toolkit}/bin", f"{torch.__path__[0]}/../triton/backends/nvidia/bin", os.environ["PATH"]]
     environment = {**os.environ, "PATH": os.pathsep.join(folders)}

@@ -14,6 +14,7 @@ import torch
 from conftest import needs_cuda
 from fuzz import LAYOUTS, place
 from reference import DTYPES
+from test_cuda import SHAPES
 from tiles import PRECISIONS, a_shape_of, each_kind, tiles
 from torch._subclasses import FakeTensorMode
 
@@ -67,6 +68,12 @@ def test_unaligned_rows_of_w(precision):
         assert precision == "float32" or all(select_tile(precision, m, n, k) is None for m in (1, 3, 16)), (n, k)
     # A transposed W's rows lie along n.
     assert select_tile("float32", 256, 1024, 1023, transposed=True) == select_tile("float32", 256, 1024, 1024)
+
+
+@pytest.mark.parametrize("precision", KERNELS)
+def test_the_shapes_of_test_cuda_enter_the_kernels_they_are_for(precision):
+    library, few, _, many, unaligned = (select_tile(precision, m, n, k) for m, k, n in SHAPES)
+    assert library is None and few[2] > 0 and many[2] == unaligned[2] == 0
 
 
 # M, N, K for which the kernels were faster than the library, and slower; measured on an H200 and an H100.
